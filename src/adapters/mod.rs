@@ -1,0 +1,1 @@
+//! Adapters: each translates between one port and one part of the world, and decides nothing.

@@ -1,0 +1,310 @@
+//! A worker's settings, parsed into types that can't hold a bad combination.
+
+use alloc::collections::BTreeSet;
+use alloc::vec::Vec;
+use core::fmt;
+use core::time::Duration;
+
+/// The lease timings of rule section 2. Accepted only if `H + 2R + M <= L`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Timing {
+    lease: Duration,
+    heartbeat: Duration,
+    store_timeout: Duration,
+    fence_margin: Duration,
+    reclaim_grace: Duration,
+}
+
+/// Timings as given; what is `None` takes its default from the lease.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RawTiming {
+    /// `L`, at least 1 s.
+    pub lease: Duration,
+    /// `H`, default `L/3`, at least 100 ms.
+    pub heartbeat: Option<Duration>,
+    /// `R`, default the lesser of `L/6` and 5 s.
+    pub store_timeout: Option<Duration>,
+    /// `M`, default `L/10`.
+    pub fence_margin: Option<Duration>,
+    /// `G`, default `L/10`.
+    pub reclaim_grace: Option<Duration>,
+}
+
+/// Why timings were refused. The message names the values and the rule.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum TimingError {
+    /// The lease is shorter than 1 s or longer than a day.
+    Lease(Duration),
+    /// The heartbeat is shorter than 100 ms.
+    Heartbeat(Duration),
+    /// The store timeout is zero or longer than 5 s.
+    StoreTimeout(Duration),
+    /// The fence margin is shorter than 1 ms: the clocks' resolution would eat it.
+    FenceMargin(Duration),
+    /// The reclaim grace is longer than the lease.
+    ReclaimGrace(Duration),
+    /// `H + 2R + M > L`: a lease could run out between two lost heartbeats.
+    Rule {
+        /// `H`.
+        heartbeat: Duration,
+        /// `R`.
+        store_timeout: Duration,
+        /// `M`.
+        fence_margin: Duration,
+        /// `L`.
+        lease: Duration,
+    },
+}
+
+impl fmt::Display for TimingError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match *self {
+            Self::Lease(value) => write!(f, "lease is {value:?}; allowed is 1s to 24h"),
+            Self::Heartbeat(value) => write!(f, "heartbeat is {value:?}; allowed is 100ms or more"),
+            Self::StoreTimeout(value) => write!(f, "store_timeout is {value:?}; allowed is 1ms to 5s"),
+            Self::FenceMargin(value) => write!(f, "fence_margin is {value:?}; allowed is 1ms or more"),
+            Self::ReclaimGrace(value) => {
+                write!(f, "reclaim_grace is {value:?}; allowed is at most the lease")
+            }
+            Self::Rule { heartbeat, store_timeout, fence_margin, lease } => write!(
+                f,
+                "heartbeat + 2 * store_timeout + fence_margin must be at most lease, but {heartbeat:?} + 2 * \
+                 {store_timeout:?} + {fence_margin:?} = {:?} is more than {lease:?}: lengthen the lease or shorten \
+                 one of the others",
+                heartbeat.saturating_add(store_timeout.saturating_mul(2)).saturating_add(fence_margin)
+            ),
+        }
+    }
+}
+
+impl core::error::Error for TimingError {}
+
+const MILLISECOND: Duration = Duration::from_millis(1);
+
+impl Timing {
+    /// Fills in defaults and checks every bound.
+    ///
+    /// # Errors
+    /// The first bound that is broken, with its values.
+    pub fn parse(raw: RawTiming) -> Result<Self, TimingError> {
+        let lease = raw.lease;
+        if lease < Duration::from_secs(1) || lease > Duration::from_secs(86_400) {
+            return Err(TimingError::Lease(lease));
+        }
+        let heartbeat = raw.heartbeat.unwrap_or(lease / 3);
+        if heartbeat < Duration::from_millis(100) {
+            return Err(TimingError::Heartbeat(heartbeat));
+        }
+        let store_timeout = raw.store_timeout.unwrap_or((lease / 6).min(Duration::from_secs(5)));
+        if store_timeout < MILLISECOND || store_timeout > Duration::from_secs(5) {
+            return Err(TimingError::StoreTimeout(store_timeout));
+        }
+        let fence_margin = raw.fence_margin.unwrap_or(lease / 10);
+        if fence_margin < MILLISECOND {
+            return Err(TimingError::FenceMargin(fence_margin));
+        }
+        let reclaim_grace = raw.reclaim_grace.unwrap_or(lease / 10);
+        if reclaim_grace > lease {
+            return Err(TimingError::ReclaimGrace(reclaim_grace));
+        }
+        if heartbeat.saturating_add(store_timeout * 2).saturating_add(fence_margin) > lease {
+            return Err(TimingError::Rule { heartbeat, store_timeout, fence_margin, lease });
+        }
+        Ok(Self { lease, heartbeat, store_timeout, fence_margin, reclaim_grace })
+    }
+
+    /// `L`: how long a claim or renewal grants.
+    pub const fn lease(&self) -> Duration {
+        self.lease
+    }
+
+    /// `H`: the oldest that a held lease's last confirmed send may grow before it is renewed.
+    pub const fn heartbeat(&self) -> Duration {
+        self.heartbeat
+    }
+
+    /// `R`: bounds a whole store call, getting a connection included.
+    pub const fn store_timeout(&self) -> Duration {
+        self.store_timeout
+    }
+
+    /// `M`: how long before its local deadline a lease is fenced.
+    pub const fn fence_margin(&self) -> Duration {
+        self.fence_margin
+    }
+
+    /// `G`: how long after it ran out a lease is left alone.
+    pub const fn reclaim_grace(&self) -> Duration {
+        self.reclaim_grace
+    }
+}
+
+/// How much one worker takes on (rule P13), and its pace.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Limits {
+    /// Open requests, at least 1.
+    pub max_in_flight: u32,
+    /// Open requests per destination key, at least 1.
+    pub max_in_flight_per_destination: u32,
+    /// Leases held, at least 1.
+    pub max_leased: u32,
+    /// Events asked for in one claim, at least 1.
+    pub claim_batch: u32,
+    /// The slowest polling.
+    pub poll_interval: Duration,
+    /// Length of a drain (rule P8); must be longer than `2R`.
+    pub drain_timeout: Duration,
+    /// `RECLAIM_LIMIT`: 0 is off, else more than 3.
+    pub reclaim_limit: u32,
+}
+
+/// Retry semantics (design section 3). Integers only.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RetryPolicy {
+    /// Delay after the first failed attempt.
+    pub initial: Duration,
+    /// The longest delay.
+    pub max: Duration,
+    /// Jitter in basis points, `0..=10000`: `base * (1 ± bps/10000)`.
+    pub jitter_bps: u16,
+    /// Attempts beyond the first, 0 = off (the row's own limit alone counts).
+    pub budget: u32,
+    /// Cap on `Retry-After`.
+    pub retry_after_max: Duration,
+    /// Statuses that fail at once.
+    pub fail_statuses: BTreeSet<u16>,
+}
+
+/// All that a worker machine is built from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct WorkerSettings {
+    timing: Timing,
+    limits: Limits,
+    retry: RetryPolicy,
+    /// Keys the jitter: equal seeds draw equal jitter for the same event and attempt.
+    pub seed: u64,
+    /// End by itself once no event is pending (`run --until-empty`).
+    pub until_empty: bool,
+}
+
+/// Why limits or the retry policy were refused.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LimitError {
+    /// A count that must be at least 1.
+    Zero(&'static str),
+    /// A duration outside its bounds.
+    Duration {
+        /// The setting.
+        setting: &'static str,
+        /// Its value.
+        value: Duration,
+        /// What is allowed.
+        allowed: &'static str,
+    },
+    /// A number outside its bounds.
+    Number {
+        /// The setting.
+        setting: &'static str,
+        /// Its value.
+        value: u64,
+        /// What is allowed.
+        allowed: &'static str,
+    },
+}
+
+impl LimitError {
+    /// The name of the setting, in lower case.
+    pub const fn setting(&self) -> &'static str {
+        match self {
+            Self::Zero(setting) | Self::Duration { setting, .. } | Self::Number { setting, .. } => setting,
+        }
+    }
+}
+
+impl fmt::Display for LimitError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Zero(setting) => write!(f, "{setting} is 0; allowed is 1 or more"),
+            Self::Duration { setting, value, allowed } => {
+                write!(f, "{setting} is {value:?}; allowed is {allowed}")
+            }
+            Self::Number { setting, value, allowed } => {
+                write!(f, "{setting} is {value}; allowed is {allowed}")
+            }
+        }
+    }
+}
+
+impl core::error::Error for LimitError {}
+
+impl WorkerSettings {
+    /// Checks limits and retry policy.
+    ///
+    /// # Errors
+    /// Every bound that is broken, with its value.
+    pub fn parse(
+        timing: Timing,
+        limits: Limits,
+        retry: RetryPolicy,
+        seed: u64,
+    ) -> Result<Self, Vec<LimitError>> {
+        let mut errors = Vec::new();
+        for (setting, value) in [
+            ("max_in_flight", limits.max_in_flight),
+            ("max_in_flight_per_destination", limits.max_in_flight_per_destination),
+            ("max_leased", limits.max_leased),
+            ("claim_batch", limits.claim_batch),
+        ] {
+            if value == 0 {
+                errors.push(LimitError::Zero(setting));
+            } else if value > 1_000_000 {
+                let value = u64::from(value);
+                errors.push(LimitError::Number { setting, value, allowed: "1 to 1000000" });
+            }
+        }
+        let mut bounded = |setting, value: Duration, least: Duration, most: Duration, allowed| {
+            if value < least || value > most {
+                errors.push(LimitError::Duration { setting, value, allowed });
+            }
+        };
+        const MOST: Duration = Duration::from_secs(10 * 365 * 86_400);
+        bounded("poll_interval", limits.poll_interval, MILLISECOND, Duration::from_secs(3_600), "1ms to 1h");
+        bounded("retry_initial", retry.initial, MILLISECOND, retry.max, "1ms to retry_max");
+        bounded("retry_max", retry.max, MILLISECOND, MOST, "1ms to ten years");
+        bounded("retry_after_max", retry.retry_after_max, Duration::ZERO, MOST, "0s to ten years");
+        let drain_least = timing.store_timeout * 2 + MILLISECOND;
+        bounded("drain_timeout", limits.drain_timeout, drain_least, MOST, "more than 2 * store_timeout");
+        if retry.jitter_bps > 10_000 {
+            let value = u64::from(retry.jitter_bps);
+            errors.push(LimitError::Number { setting: "retry_jitter_bps", value, allowed: "0 to 10000" });
+        }
+        if (1..=3).contains(&limits.reclaim_limit) {
+            let value = u64::from(limits.reclaim_limit);
+            errors.push(LimitError::Number {
+                setting: "reclaim_limit",
+                value,
+                allowed: "0 (off) or more than 3",
+            });
+        }
+        if errors.is_empty() {
+            Ok(Self { timing, limits, retry, seed, until_empty: false })
+        } else {
+            Err(errors)
+        }
+    }
+
+    /// The lease timings.
+    pub const fn timing(&self) -> &Timing {
+        &self.timing
+    }
+
+    /// The limits.
+    pub const fn limits(&self) -> &Limits {
+        &self.limits
+    }
+
+    /// The retry policy.
+    pub const fn retry(&self) -> &RetryPolicy {
+        &self.retry
+    }
+}

@@ -1,0 +1,88 @@
+//! The ports between the driver and the world: [`Outbox`] (the table), [`Gateway`] (the destinations) and [`Clock`].
+//!
+//! No logic and no third-party type but [`Bytes`]. Every request and reply is plain data, so that the simulator can
+//! carry them over its own wire.
+
+use std::future::Future;
+
+use bytes::Bytes;
+
+use crate::machine::{
+    AttemptResult, ClaimReply, ClaimRequest, LeaseKey, Moment, OwnedReply, OwnedRequest, RenewReply,
+    RenewRequest, SettleReply, SettleRequest, StoreFault,
+};
+
+/// What of an event goes on the wire. Immutable once claimed; its `Debug` shows no payload.
+#[derive(Clone, PartialEq, Eq)]
+pub struct Message {
+    /// `event_id`: the receiver's deduplication key.
+    pub event_id: String,
+    /// `event_type`.
+    pub event_type: String,
+    /// `destination_url` as written.
+    pub destination_url: String,
+    /// The payload as the store prints it; exactly these bytes are signed and sent. Empty if it was oversized.
+    pub payload: Bytes,
+}
+
+impl std::fmt::Debug for Message {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Message")
+            .field("event_id", &self.event_id)
+            .field("event_type", &self.event_type)
+            .field("payload_bytes", &self.payload.len())
+            .finish_non_exhaustive()
+    }
+}
+
+/// A claim's reply together with the messages of its grants, in the same order.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Claimed {
+    /// What the machine decides on.
+    pub reply: ClaimReply,
+    /// One message a grant of `reply.grants`.
+    pub messages: Vec<Message>,
+}
+
+/// The store of events.
+///
+/// Every call is bounded by the store timeout `R`, getting a connection included; on a time-out the adapter closes
+/// the connection, has the server cancel the statement where it can, and answers [`StoreFault::Unknown`].
+pub trait Outbox: Send + Sync + 'static {
+    /// Takes ready events (rule P1).
+    fn claim(&self, request: ClaimRequest) -> impl Future<Output = Result<Claimed, StoreFault>> + Send;
+    /// Extends leases (rule P5). Has connections of its own and never waits behind claims or settles.
+    fn renew(&self, request: RenewRequest) -> impl Future<Output = Result<RenewReply, StoreFault>> + Send;
+    /// Ends leases with their outcomes (rule P6).
+    fn settle(&self, request: SettleRequest) -> impl Future<Output = Result<SettleReply, StoreFault>> + Send;
+    /// Lists the leases that the store shows under an owner (rule P7).
+    fn owned(&self, request: OwnedRequest) -> impl Future<Output = Result<OwnedReply, StoreFault>> + Send;
+    /// Resolves when there may be new work; never resolves where the store can't tell. Cancel-safe.
+    fn hint(&self) -> impl Future<Output = ()> + Send;
+}
+
+/// One request to make.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Attempt {
+    /// The lease under which it is made; its token is sent along.
+    pub key: LeaseKey,
+    /// 1-based number of this attempt (`webhook-attempt`).
+    pub number: u32,
+    /// Unix seconds for `webhook-timestamp`: the database's time carried forward (design section 6).
+    pub timestamp: i64,
+    /// What to send.
+    pub message: Message,
+}
+
+/// The way to the destinations.
+pub trait Gateway: Send + Sync + 'static {
+    /// Makes one request and maps whatever happens to a result; it never fails otherwise. Dropping the future closes
+    /// the request's socket.
+    fn send(&self, attempt: Attempt) -> impl Future<Output = AttemptResult> + Send;
+}
+
+/// A worker's own continuous clock.
+pub trait Clock: Send + Sync + 'static {
+    /// The current moment; counts on while the machine sleeps.
+    fn now(&self) -> Moment;
+}
