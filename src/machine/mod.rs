@@ -2,6 +2,7 @@
 
 mod id;
 mod io;
+mod retry;
 mod row;
 mod settings;
 mod time;
@@ -13,6 +14,7 @@ pub use io::{
     Observation, OwnedReply, OwnedRequest, RenewReply, RenewRequest, RetryAfter, SettleKind, SettleReply,
     SettleRequest, StoreCall, StoreFault, Unsendable,
 };
+pub use retry::{Judged, Verdict};
 pub use row::{
     Answer, ClaimAnswer, ClaimFailure, ClaimTerms, Lease, PROBATION_RECLAIMS, Row, Settle, Status,
 };

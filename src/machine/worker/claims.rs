@@ -1,0 +1,343 @@
+//! Claiming, what follows an unknown claim, and embargoes (rules P1, P7, P10, P11, P13).
+
+use alloc::collections::BTreeMap;
+use alloc::format;
+use alloc::vec::Vec;
+use core::time::Duration;
+
+use super::super::id::{DestinationKey, LeaseKey, RequestId};
+use super::super::io::{
+    Action, AttemptResult, ClaimReply, ClaimRequest, CycleSummary, EmbargoCause, Grant, HeartbeatEnd,
+    Observation, OwnedReply, OwnedRequest, StoreCall, StoreFault, Unsendable,
+};
+use super::super::row::{ClaimTerms, PROBATION_RECLAIMS};
+use super::super::time::Moment;
+use super::{Cycle, Heartbeat, Held, Outcome, Phase, Worker};
+
+#[derive(Clone, Debug)]
+struct UnderWay {
+    request: RequestId,
+    sent: Moment,
+    limit: u32,
+    shares: BTreeMap<DestinationKey, u32>,
+}
+
+/// When to claim, and whether expired leases may be among it.
+#[derive(Clone, Debug)]
+pub(super) struct Claims {
+    under_way: Option<UnderWay>,
+    /// The next poll.
+    at: Moment,
+    /// The last claim was full: there is likely more.
+    backlog: bool,
+    /// A destination whose share limited the last claim has room again.
+    pub(super) refill: bool,
+    /// The next search for expired leases.
+    search_at: Moment,
+    embargo_until: Moment,
+    /// A search was made since the last embargo began (rule P10).
+    searched: bool,
+    owned: Option<(RequestId, Moment)>,
+    /// When to look for what an unknown claim left, most recent last. A commit may come late, so there are several.
+    owned_at: Vec<Moment>,
+}
+
+impl Claims {
+    pub(super) fn new(now: Moment) -> Self {
+        Self {
+            under_way: None,
+            at: now,
+            backlog: false,
+            refill: false,
+            search_at: now,
+            embargo_until: Moment::default(),
+            searched: true,
+            owned: None,
+            owned_at: Vec::new(),
+        }
+    }
+
+    /// Whether no claim and no look at what is owned is under way: the two never overlap, so that the reply of one
+    /// can't show leases of the other that are not yet known.
+    pub(super) fn idle(&self) -> bool {
+        self.under_way.is_none() && self.owned.is_none()
+    }
+
+    pub(super) fn owned_checked(&self) -> bool {
+        self.owned.is_none() && self.owned_at.is_empty()
+    }
+}
+
+impl Worker {
+    pub(super) fn hint(&mut self) {
+        self.claims.at = self.now;
+    }
+
+    /// How many more leases may be asked for (rule P13).
+    fn room(&self) -> u32 {
+        let limits = self.settings.limits();
+        let held = u32::try_from(self.leases.len()).unwrap_or(u32::MAX);
+        limits.claim_batch.min(limits.max_leased.saturating_sub(held))
+    }
+
+    fn may_search(&self) -> bool {
+        self.incarnation.is_some()
+    }
+
+    fn search_due_at(&self) -> Moment {
+        self.claims.search_at.max(self.claims.embargo_until)
+    }
+
+    pub(super) fn claim_due_at(&self) -> Option<Moment> {
+        let room = self.room();
+        if self.drain.is_some()
+            || !self.claims.idle()
+            || room == 0
+            || self.settles.failing()
+            || self.renewal_overdue()
+        {
+            return None;
+        }
+        // Worth a statement: half a batch, or nothing is left to start.
+        let worth = self.queued == 0 || room >= self.settings.limits().claim_batch.div_ceil(2);
+        if (self.claims.backlog && worth) || self.claims.refill {
+            return Some(self.now);
+        }
+        let search = self.may_search().then(|| self.search_due_at());
+        Some(search.map_or(self.claims.at, |search| search.min(self.claims.at)))
+    }
+
+    pub(super) fn start_claim(&mut self) {
+        if self.claim_due_at().is_none_or(|due| due > self.now) {
+            return;
+        }
+        let limits = *self.settings.limits();
+        let timing = *self.timing();
+        let limit = self.room();
+        let expired = self.may_search() && self.search_due_at() <= self.now;
+        if expired {
+            // **P10**: at most once per max(poll, G/2).
+            self.claims.search_at = self.now.after(limits.poll_interval.max(timing.reclaim_grace() / 2));
+        }
+        let share = limits.max_in_flight_per_destination.saturating_mul(2);
+        let shares: BTreeMap<_, _> = self
+            .destinations
+            .iter()
+            .map(|(name, destination)| (name.clone(), share.saturating_sub(destination.held)))
+            .collect();
+        let request = self.next_request();
+        let claim = ClaimRequest {
+            owner: self.id.clone(),
+            terms: ClaimTerms {
+                lease: timing.lease(),
+                grace: timing.reclaim_grace(),
+                expired,
+                reclaim_limit: limits.reclaim_limit,
+                retry_budget: self.settings.retry().budget,
+            },
+            limit,
+            incarnation: self.incarnation.clone(),
+            probation: u32::from(self.probation == 0),
+            share,
+            shares: shares.iter().map(|(name, room)| (name.clone(), *room)).collect(),
+            count_pending: self.settings.until_empty,
+        };
+        self.claims.refill = false;
+        self.claims.under_way = Some(UnderWay { request, sent: self.now, limit, shares });
+        self.actions.push_back(Action::Claim(request, claim));
+    }
+
+    pub(super) fn claimed(&mut self, request: RequestId, reply: Result<ClaimReply, StoreFault>) {
+        let Some(under_way) = self.claims.under_way.take_if(|way| way.request == request) else {
+            return self
+                .observe(Observation::Unexpected { what: "a reply to a claim that is not under way" });
+        };
+        let poll = self.settings.limits().poll_interval;
+        self.claims.at = self.now.after(poll);
+        self.claims.backlog = false;
+        match reply {
+            Ok(reply) => self.take(&under_way, reply),
+            Err(fault) => {
+                if let StoreFault::Unknown { .. } = fault {
+                    // **P7**: at once, and again for a commit that comes late.
+                    let timing = *self.timing();
+                    self.claims.owned_at = [timing.lease(), timing.store_timeout(), Duration::ZERO]
+                        .map(|wait| self.now.after(wait))
+                        .into();
+                }
+                self.store_failed(StoreCall::Claim, under_way.sent, fault, Vec::new());
+            }
+        }
+    }
+
+    fn take(&mut self, under_way: &UnderWay, reply: ClaimReply) {
+        self.store_answered(under_way.sent, reply.db_now);
+        self.claims.searched |= reply.searched_expired;
+        if self.incarnation.as_ref().is_some_and(|known| *known != reply.incarnation) {
+            self.embargo(EmbargoCause::NewIncarnation);
+        }
+        self.incarnation = Some(reply.incarnation);
+        let found = u32::try_from(reply.grants.len() + reply.failed.len()).unwrap_or(u32::MAX);
+        self.claims.backlog = found >= under_way.limit;
+        if let Some(due) = reply.next_due_in
+            && (found > 0 || !due.is_zero())
+        {
+            self.claims.at = self.claims.at.min(self.now.after(due));
+        }
+        for &(row, why) in &reply.failed {
+            self.observe(Observation::FailedByClaim { row, why });
+        }
+        let summary = CycleSummary { failed_by_claim: reply.failed.len() as u32, ..CycleSummary::default() };
+        let cycle = Cycle { sent: under_way.sent, outstanding: 0, summary };
+        self.cycles.insert(under_way.request, cycle);
+        let mut granted: BTreeMap<DestinationKey, u32> = BTreeMap::new();
+        for grant in reply.grants {
+            *granted.entry(grant.destination.clone()).or_default() += 1;
+            self.hold(under_way, grant);
+        }
+        self.note_hunger(under_way, &granted);
+        match self.cycles.get(&under_way.request) {
+            Some(cycle) if cycle.outstanding == 0 && found > 0 => self.end_cycle(under_way.request),
+            Some(cycle) if cycle.outstanding == 0 => drop(self.cycles.remove(&under_way.request)),
+            _ => {}
+        }
+        if reply.any_pending == Some(false) && self.leases.is_empty() {
+            self.shutdown();
+        }
+    }
+
+    fn hold(&mut self, under_way: &UnderWay, grant: Grant) {
+        let key = grant.key;
+        if self.leases.contains_key(&key) {
+            return self.observe(Observation::Unexpected { what: "a grant of a lease that is held" });
+        }
+        // A higher token for a row that is held means that the older lease is lost.
+        let older: Vec<LeaseKey> = self.leases_of(key.row).map(|(other, _)| *other).collect();
+        for other in &older {
+            self.lost(*other);
+        }
+        let behind = self.leases_of(key.row).next().is_some();
+        self.destinations.entry(grant.destination.clone()).or_default().held += 1;
+        if let Some(cycle) = self.cycles.get_mut(&under_way.request) {
+            cycle.outstanding += 1;
+            cycle.summary.claimed += 1;
+            cycle.summary.reclaimed += u32::from(grant.reclaimed);
+        }
+        if grant.reclaims >= PROBATION_RECLAIMS {
+            self.probation += 1;
+            self.observe(Observation::Probation { key, reclaims: grant.reclaims });
+        }
+        let held = Held {
+            cycle: Some(under_way.request),
+            destination: Some(grant.destination),
+            attempts: grant.attempts,
+            max_attempts: grant.max_attempts,
+            reclaims: grant.reclaims,
+            confirmed: under_way.sent,
+            heartbeat: Heartbeat::Batched { skips: 0 },
+            phase: Phase::Behind,
+        };
+        self.heartbeats.insert((held.confirmed, key));
+        self.fences.insert((held.confirmed, key));
+        self.leases.insert(key, held);
+        match grant.unsendable {
+            Some(Unsendable::Oversized { bytes }) => {
+                let error = format!("payload of {bytes} bytes is larger than max_payload");
+                let outcome = self.judge(key, AttemptResult::Errored { error });
+                self.conclude(key, outcome);
+            }
+            Some(Unsendable::Malformed { error }) => {
+                let outcome = self.judge(key, AttemptResult::Undeliverable { error });
+                self.conclude(key, outcome);
+            }
+            None if self.drain.is_some() && !behind => {
+                self.conclude(key, Outcome::Release { due: None, why: HeartbeatEnd::Drained });
+            }
+            // The reply came so late that the lease is past its fence.
+            None if self.fence_at(under_way.sent) <= self.now => self.fence(key),
+            None if !behind => self.enqueue(key),
+            None => {}
+        }
+    }
+
+    /// Which destinations were limited by their share rather than by the outbox.
+    fn note_hunger(&mut self, under_way: &UnderWay, granted: &BTreeMap<DestinationKey, u32>) {
+        let cap = self.settings.limits().max_in_flight_per_destination;
+        for (name, destination) in &mut self.destinations {
+            let room = under_way.shares.get(name).copied().unwrap_or(cap.saturating_mul(2));
+            destination.hungry = granted.get(name).copied().unwrap_or(0) >= room;
+            self.claims.refill |= destination.hungry && destination.held <= cap;
+        }
+    }
+
+    /// **P10**: for one `L` no expired leases. Not extended, nor begun again before one search was made.
+    pub(super) fn embargo(&mut self, cause: EmbargoCause) {
+        if self.claims.searched {
+            self.claims.searched = false;
+            self.claims.embargo_until = self.now.after(self.timing().lease());
+            self.observe(Observation::Embargo(cause));
+        }
+    }
+
+    pub(super) fn owned_due_at(&self) -> Option<Moment> {
+        if !self.claims.idle() {
+            return None;
+        }
+        self.claims.owned_at.last().copied()
+    }
+
+    /// **P7**: asks what the store shows under this worker.
+    pub(super) fn start_owned(&mut self) {
+        if self.owned_due_at().is_none_or(|due| due > self.now) {
+            return;
+        }
+        self.claims.owned_at.pop();
+        let request = self.next_request();
+        self.claims.owned = Some((request, self.now));
+        self.actions.push_back(Action::Owned(request, OwnedRequest { owner: self.id.clone() }));
+    }
+
+    /// Before exit, a last look.
+    pub(super) fn look_once_more(&mut self) {
+        self.claims.owned_at.clear();
+        self.claims.owned_at.push(self.now);
+    }
+
+    pub(super) fn owned(&mut self, request: RequestId, reply: Result<OwnedReply, StoreFault>) {
+        let Some((_, sent)) = self.claims.owned.take_if(|(asked, _)| *asked == request) else {
+            return self.observe(Observation::Unexpected { what: "a reply to a look that is not under way" });
+        };
+        match reply {
+            Ok(reply) => {
+                self.store_answered(sent, reply.db_now);
+                for key in reply.keys {
+                    if !self.leases.contains_key(&key) && !self.settles.gave_up(key) {
+                        self.release_orphan(key, sent);
+                    }
+                }
+            }
+            Err(fault) => {
+                let again =
+                    self.now.after(self.settings.limits().poll_interval.min(self.timing().store_timeout()));
+                self.claims.owned_at.push(again);
+                self.store_failed(StoreCall::Owned, sent, fault, Vec::new());
+            }
+        }
+    }
+
+    fn release_orphan(&mut self, key: LeaseKey, sent: Moment) {
+        self.observe(Observation::OrphanReleased { key });
+        let orphan = Held {
+            cycle: None,
+            destination: None,
+            attempts: 0,
+            max_attempts: u32::MAX,
+            reclaims: 0,
+            confirmed: sent,
+            heartbeat: Heartbeat::Off,
+            phase: Phase::Outcome(Outcome::Release { due: None, why: HeartbeatEnd::Fenced }),
+        };
+        self.leases.insert(key, orphan);
+        self.settles.push(key);
+    }
+}

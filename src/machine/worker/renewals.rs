@@ -1,0 +1,186 @@
+//! Heartbeats (rule P5).
+
+use alloc::collections::VecDeque;
+use alloc::vec;
+use alloc::vec::Vec;
+
+use super::super::id::{LeaseKey, RequestId};
+use super::super::io::{Action, Observation, RenewReply, RenewRequest, StoreCall, StoreFault};
+use super::super::row::Answer;
+use super::super::time::Moment;
+use super::{Heartbeat, Held, Phase, STATEMENT_MAX, Worker};
+
+/// One renewal statement under way.
+#[derive(Clone, Debug)]
+struct UnderWay {
+    request: RequestId,
+    sent: Moment,
+    keys: Vec<LeaseKey>,
+}
+
+/// Renewals under way: one batched statement, and beside it at most one that waits for a locked row.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Renewals {
+    batch: Option<UnderWay>,
+    failures: u32,
+    retry_at: Moment,
+    /// The last statement was full, so more leases are likely to be ripe.
+    more: bool,
+    alone: Option<UnderWay>,
+    alone_queue: VecDeque<LeaseKey>,
+    alone_failures: u32,
+    alone_retry_at: Moment,
+}
+
+impl Worker {
+    /// A run of statements begins when the oldest lease is three quarters of `H` old, takes all that are at least `H/2`
+    /// old, and goes on while statements are full. The last quarter is the slack for a first failed try.
+    pub(super) fn renewal_due_at(&self) -> Option<Moment> {
+        if self.renewals.batch.is_some() {
+            return None;
+        }
+        let (oldest, _) = self.heartbeats.first()?;
+        let half = self.timing().heartbeat() / 2;
+        let age = if self.renewals.more { half } else { half + half / 2 };
+        Some(oldest.after(age).max(self.renewals.retry_at))
+    }
+
+    pub(super) fn alone_due_at(&self) -> Option<Moment> {
+        let idle = self.renewals.alone.is_none() && !self.renewals.alone_queue.is_empty();
+        idle.then_some(self.renewals.alone_retry_at)
+    }
+
+    /// **P4**: whether a renewal is overdue by `R`. A row that somebody keeps locked holds up nothing but itself.
+    pub(super) fn renewal_overdue(&self) -> bool {
+        let age = self.timing().heartbeat() + self.timing().store_timeout();
+        self.heartbeats.first().is_some_and(|(oldest, _)| oldest.after(age) < self.now)
+    }
+
+    pub(super) fn start_renewals(&mut self) {
+        if self.renewal_due_at().is_some_and(|due| due <= self.now) {
+            let half = self.timing().heartbeat() / 2;
+            let ripe = self.heartbeats.iter().take_while(|(confirmed, _)| confirmed.after(half) <= self.now);
+            let mut keys: Vec<LeaseKey> = ripe.take(STATEMENT_MAX).map(|(_, key)| *key).collect();
+            keys.sort_unstable();
+            self.renewals.more = keys.len() == STATEMENT_MAX;
+            if !keys.is_empty() {
+                self.renewals.batch = Some(self.renew(keys, false));
+            }
+        }
+        if self.alone_due_at().is_some_and(|due| due <= self.now) {
+            while let Some(key) = self.renewals.alone_queue.pop_front() {
+                if self.leases.get(&key).is_some_and(|held| held.heartbeat == Heartbeat::Alone) {
+                    self.renewals.alone = Some(self.renew(vec![key], true));
+                    break;
+                }
+            }
+        }
+    }
+
+    fn renew(&mut self, keys: Vec<LeaseKey>, wait: bool) -> UnderWay {
+        let request = self.next_request();
+        let renew =
+            RenewRequest { owner: self.id.clone(), lease: self.timing().lease(), keys: keys.clone(), wait };
+        self.actions.push_back(Action::Renew(request, renew));
+        UnderWay { request, sent: self.now, keys }
+    }
+
+    pub(super) fn renewed(&mut self, request: RequestId, reply: Result<RenewReply, StoreFault>) {
+        let (under_way, alone) = match (&mut self.renewals.batch, &mut self.renewals.alone) {
+            (slot @ Some(UnderWay { .. }), _) if slot.as_ref().is_some_and(|way| way.request == request) => {
+                (slot.take(), false)
+            }
+            (_, slot @ Some(UnderWay { .. })) if slot.as_ref().is_some_and(|way| way.request == request) => {
+                (slot.take(), true)
+            }
+            _ => (None, false),
+        };
+        let Some(UnderWay { sent, keys, .. }) = under_way else {
+            return self
+                .observe(Observation::Unexpected { what: "a reply to a renewal that is not under way" });
+        };
+        match reply {
+            Ok(reply) => {
+                self.store_answered(sent, reply.db_now);
+                if alone {
+                    self.renewals.alone_failures = 0;
+                } else {
+                    self.renewals.failures = 0;
+                }
+                for (key, answer) in reply.answers {
+                    if keys.binary_search(&key).is_ok() {
+                        self.renew_answered(key, sent, answer);
+                    } else {
+                        self.observe(Observation::Unexpected {
+                            what: "a renewal's answer for a lease not asked about",
+                        });
+                    }
+                }
+                if alone {
+                    // Still locked, or not answered at all: again, after the others.
+                    self.requeue_alone(&keys);
+                }
+            }
+            Err(fault) => {
+                if alone {
+                    self.renewals.alone_failures = self.renewals.alone_failures.saturating_add(1);
+                    self.renewals.alone_retry_at = self.now.after(self.backoff(self.renewals.alone_failures));
+                    self.requeue_alone(&keys);
+                } else {
+                    self.renewals.failures = self.renewals.failures.saturating_add(1);
+                    self.renewals.retry_at = self.now.after(self.backoff(self.renewals.failures));
+                }
+                self.store_failed(StoreCall::Renew, sent, fault, keys);
+            }
+        }
+    }
+
+    fn requeue_alone(&mut self, keys: &[LeaseKey]) {
+        for key in keys {
+            if self.leases.get(key).is_some_and(|held| held.heartbeat == Heartbeat::Alone) {
+                self.renewals.alone_queue.push_back(*key);
+                self.renewals.alone_retry_at = self
+                    .renewals
+                    .alone_retry_at
+                    .max(self.now.after(self.backoff(self.renewals.alone_failures + 1)));
+            }
+        }
+    }
+
+    fn renew_answered(&mut self, key: LeaseKey, sent: Moment, answer: Answer) {
+        let Some(held) = self.leases.get_mut(&key) else { return };
+        match (answer, held.heartbeat) {
+            (_, Heartbeat::Off) => {}
+            (Answer::Applied, _) => {
+                let (before, fenceable) = (held.confirmed, held.can_be_fenced());
+                held.confirmed = before.max(sent);
+                held.heartbeat = Heartbeat::Batched { skips: 0 };
+                let confirmed = held.confirmed;
+                self.heartbeats.remove(&(before, key));
+                self.heartbeats.insert((confirmed, key));
+                if fenceable {
+                    self.fences.remove(&(before, key));
+                    self.fences.insert((confirmed, key));
+                }
+            }
+            // A settle of this lease landed whose reply is still to come, or is to be asked for again.
+            (Answer::Ended | Answer::Refused, _) => self.lost(key),
+            (Answer::Skipped, Heartbeat::Batched { skips: 0 }) => {
+                held.heartbeat = Heartbeat::Batched { skips: 1 }
+            }
+            (Answer::Skipped, Heartbeat::Batched { .. }) => {
+                held.heartbeat = Heartbeat::Alone;
+                let confirmed = held.confirmed;
+                self.heartbeats.remove(&(confirmed, key));
+                self.renewals.alone_queue.push_back(key);
+            }
+            (Answer::Skipped, Heartbeat::Alone) => {}
+        }
+    }
+}
+
+impl Held {
+    pub(super) fn can_be_fenced(&self) -> bool {
+        matches!(self.phase, Phase::Queued { .. } | Phase::Behind | Phase::Open)
+    }
+}

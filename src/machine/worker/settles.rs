@@ -1,0 +1,183 @@
+//! Settling outcomes (rule P6).
+
+use alloc::collections::{BTreeSet, VecDeque};
+use alloc::vec::Vec;
+
+use super::super::id::{LeaseKey, RequestId};
+use super::super::io::{
+    Action, HeartbeatEnd, Observation, SettleKind, SettleReply, SettleRequest, StoreCall, StoreFault,
+};
+use super::super::row::Answer;
+use super::super::time::Moment;
+use super::{Held, Outcome, Phase, STATEMENT_MAX, Worker};
+
+#[derive(Clone, Debug)]
+struct UnderWay {
+    request: RequestId,
+    sent: Moment,
+    keys: Vec<LeaseKey>,
+}
+
+/// Outcomes on their way into the store: one batch at a time holds all that gathered while the last was under way.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Settles {
+    ready: VecDeque<LeaseKey>,
+    /// Halves of a batch that the store refused for good, until the one bad outcome is alone.
+    halves: Vec<Vec<LeaseKey>>,
+    /// Locked rows, to be asked for again.
+    skipped: BTreeSet<(Moment, LeaseKey)>,
+    under_way: Option<UnderWay>,
+    failures: u32,
+    retry_at: Moment,
+    /// Given up on, so that they are not taken for orphans (rule P7) while their leases run out.
+    abandoned: BTreeSet<(Moment, LeaseKey)>,
+}
+
+impl Settles {
+    pub(super) fn push(&mut self, key: LeaseKey) {
+        self.ready.push_back(key);
+    }
+
+    /// **P6**: after an outage settles go before claims.
+    pub(super) fn failing(&self) -> bool {
+        self.failures > 0
+    }
+
+    pub(super) fn gave_up(&self, key: LeaseKey) -> bool {
+        self.abandoned.iter().any(|(_, other)| *other == key)
+    }
+
+    pub(super) fn knows(&self, key: LeaseKey) -> bool {
+        self.ready.contains(&key)
+            || self.halves.iter().flatten().any(|other| *other == key)
+            || self.skipped.iter().any(|(_, other)| *other == key)
+            || self.under_way.as_ref().is_some_and(|way| way.keys.contains(&key))
+    }
+}
+
+impl Worker {
+    pub(super) fn settle_due_at(&self) -> Option<Moment> {
+        if self.settles.under_way.is_some() {
+            return None;
+        }
+        let due = if !self.settles.ready.is_empty() || !self.settles.halves.is_empty() {
+            self.now
+        } else {
+            self.settles.skipped.first()?.0
+        };
+        Some(due.max(self.settles.retry_at))
+    }
+
+    pub(super) fn start_settle(&mut self) {
+        if self.settle_due_at().is_none_or(|due| due > self.now) {
+            return;
+        }
+        while let Some(&(due, key)) = self.settles.skipped.first()
+            && due <= self.now
+        {
+            self.settles.skipped.pop_first();
+            self.settles.ready.push_back(key);
+        }
+        let mut keys = self.settles.halves.pop().unwrap_or_else(|| {
+            let batch = self.settles.ready.len().min(STATEMENT_MAX);
+            self.settles.ready.drain(..batch).collect()
+        });
+        keys.sort_unstable();
+        let entries = keys.iter().filter_map(|key| match self.leases.get(key) {
+            Some(Held { phase: Phase::Outcome(outcome), .. }) => Some((*key, outcome.settle(self.now))),
+            _ => None,
+        });
+        let settle = SettleRequest { owner: self.id.clone(), entries: entries.collect() };
+        if settle.entries.is_empty() {
+            return;
+        }
+        let request = self.next_request();
+        self.actions.push_back(Action::Settle(request, settle));
+        self.settles.under_way = Some(UnderWay { request, sent: self.now, keys });
+    }
+
+    pub(super) fn settled(&mut self, request: RequestId, reply: Result<SettleReply, StoreFault>) {
+        let Some(UnderWay { sent, mut keys, .. }) =
+            self.settles.under_way.take_if(|way| way.request == request)
+        else {
+            return self
+                .observe(Observation::Unexpected { what: "a reply to a settle that is not under way" });
+        };
+        match reply {
+            Ok(reply) => {
+                self.store_answered(sent, reply.db_now);
+                self.settles.failures = 0;
+                for (key, answer) in reply.answers {
+                    match keys.binary_search(&key) {
+                        Ok(at) => {
+                            keys.remove(at);
+                            self.settle_answered(key, answer);
+                        }
+                        Err(_) => self.observe(Observation::Unexpected {
+                            what: "a settle's answer for a lease not asked about",
+                        }),
+                    }
+                }
+                // What was not answered is as unknown as what was locked.
+                for key in keys {
+                    self.settle_answered(key, Answer::Skipped);
+                }
+            }
+            Err(fault) => {
+                self.store_failed(StoreCall::Settle, sent, fault.clone(), keys.clone());
+                match fault {
+                    StoreFault::Permanent { error } => self.settle_refused_for_good(keys, error),
+                    StoreFault::Unknown { .. } | StoreFault::NotApplied { .. } => {
+                        self.settles.failures = self.settles.failures.saturating_add(1);
+                        self.settles.retry_at = self.now.after(self.backoff(self.settles.failures));
+                        self.settles.halves.push(keys);
+                    }
+                }
+            }
+        }
+    }
+
+    fn settle_refused_for_good(&mut self, mut keys: Vec<LeaseKey>, error: alloc::string::String) {
+        if keys.len() > 1 {
+            let half = keys.split_off(keys.len() / 2);
+            self.settles.halves.push(half);
+            self.settles.halves.push(keys);
+        } else if let Some(key) = keys.pop() {
+            let forgotten = self.now.before(self.timing().lease() * 2);
+            while self.settles.abandoned.first().is_some_and(|(since, _)| *since < forgotten) {
+                self.settles.abandoned.pop_first();
+            }
+            self.settles.abandoned.insert((self.now, key));
+            self.observe(Observation::SettleAbandoned { key, error });
+            self.drop_lease(key, HeartbeatEnd::Abandoned, None);
+        }
+    }
+
+    fn settle_answered(&mut self, key: LeaseKey, answer: Answer) {
+        let Some(Held { phase: Phase::Outcome(outcome), .. }) = self.leases.get(&key) else { return };
+        let (kind, status) = (outcome.kind(), outcome.status());
+        let why = match outcome {
+            Outcome::Release { why, .. } => *why,
+            Outcome::Delivered { .. } | Outcome::Retry { .. } | Outcome::Failed { .. } => {
+                HeartbeatEnd::Settled
+            }
+        };
+        match answer {
+            Answer::Applied | Answer::Ended => {
+                self.observe_settled(key, kind, status, answer == Answer::Ended);
+                self.drop_lease(key, why, Some(kind));
+            }
+            // **P9**: counted and logged, never silent. Giving back what is gone already is nothing to speak of.
+            Answer::Refused => {
+                if kind != SettleKind::Release {
+                    self.observe(Observation::SettleRefused { key, kind });
+                }
+                self.drop_lease(key, HeartbeatEnd::Lost, None);
+            }
+            Answer::Skipped => {
+                let again = self.now.after(self.backoff(3));
+                self.settles.skipped.insert((again, key));
+            }
+        }
+    }
+}
