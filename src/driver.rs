@@ -22,7 +22,7 @@ use crate::ports::{Attempt, Claimed, Clock, Gateway, Message, Outbox};
 
 /// The messages of the leases that are held, so that what is logged can name the event.
 #[derive(Debug, Default)]
-pub struct Events(BTreeMap<LeaseKey, Message>);
+pub struct Events(BTreeMap<LeaseKey, Arc<Message>>);
 
 impl Events {
     /// The event id of a held lease.
@@ -99,7 +99,7 @@ impl<O: Outbox, G: Gateway, C: Clock, W: Observer> Driver<O, G, C, W> {
 type Hint = Pin<Box<dyn Future<Output = ()> + Send>>;
 
 /// What a store call brought: an input, and for a claim the messages of its grants.
-type Reply = (Input, Vec<(LeaseKey, Message)>);
+type Reply = (Input, Vec<(LeaseKey, Arc<Message>)>);
 
 struct Running<O, G, C, W> {
     driver: Driver<O, G, C, W>,

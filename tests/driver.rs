@@ -66,11 +66,13 @@ impl Outbox for FakeOutbox {
             reclaimed: false,
             unsendable: None,
         });
-        let messages = rows.iter().map(|row| Message {
-            event_id: format!("evt-{row}"),
-            event_type: "t".into(),
-            destination_url: "http://a/".into(),
-            payload: Bytes::from_static(b"{}"),
+        let messages = rows.iter().map(|row| {
+            Arc::new(Message {
+                event_id: format!("evt-{row}"),
+                event_type: "t".into(),
+                destination_url: "http://a/".into(),
+                payload: Bytes::from_static(b"{}"),
+            })
         });
         let reply = ClaimReply {
             db_now: self.now(),
