@@ -300,25 +300,50 @@ fn a_clock_step_within_the_margin_changes_nothing() {
     assert_eq!(bed.opened(), [key]);
 }
 
+/// Two events open and one queued at one destination, and no renewal answered for a while.
+fn unrenewed_for(duration: Duration) -> (Bed, LeaseKey) {
+    let mut bed = Bed::new(settings());
+    for id in 1..=3 {
+        bed.add(id, "http://a");
+    }
+    bed.run(MS);
+    bed.pass(duration);
+    let key = bed.opened()[0];
+    (bed, key)
+}
+
+fn starts(actions: &[Action]) -> usize {
+    actions.iter().filter(|action| matches!(action, Action::Claim(..) | Action::Send { .. })).count()
+}
+
 #[test]
 fn nothing_starts_while_a_renewal_is_overdue() {
-    let (mut bed, _) = one_open();
-    bed.add(2, "http://b");
-    // The claim is answered, renewals are not.
-    for _ in 0..400 {
-        let Some(at) = bed.worker.next_wakeup().filter(|at| *at <= bed.now.after(16 * SECOND)) else { break };
-        bed.now = bed.now.max(at);
-        bed.wake();
-        bed.pending.clear();
-        if bed.now.as_micros() > 17_500_000 {
-            break;
-        }
-    }
-    let actions = bed.give(Input::Hint);
-    assert!(
-        !actions.iter().any(|action| matches!(action, Action::Claim(..) | Action::Send { .. })),
-        "{actions:?}"
-    );
+    let (mut bed, key) = unrenewed_for(14_900 * MS);
+    assert_eq!(starts(&bed.respond(key, 200)), 1, "H + R have not passed yet");
+    let (mut bed, key) = unrenewed_for(15_100 * MS);
+    assert_eq!(starts(&bed.respond(key, 200)), 0);
+    bed.answer_all();
+    assert_eq!(bed.opened().len(), 2, "the queued event starts once renewals are answered");
+}
+
+#[test]
+fn a_renewed_deadline_counts_from_the_renewals_send() {
+    let (mut bed, key) = one_open();
+    bed.pass(8 * SECOND);
+    let at = bed
+        .pending
+        .iter()
+        .position(|action| matches!(action, Action::Renew(..)))
+        .expect("it fell due at 7.5 s");
+    let renew = bed.pending.remove(at);
+    bed.now = bed.now.after(4 * SECOND);
+    bed.answer(renew);
+    bed.pending.clear();
+    // Sent 7.5 s after the claim: fenced 27 s later, not 27 s after the reply.
+    bed.pass(22_400 * MS);
+    assert!(!bed.seen.iter().any(|seen| matches!(seen, Observation::Fenced { .. })));
+    bed.pass(200 * MS);
+    assert!(bed.seen.contains(&Observation::Fenced { key, open: true }));
 }
 
 #[test]
@@ -633,4 +658,48 @@ fn a_hundred_thousand_leases_are_renewed_in_full_statements_without_a_late_one()
         least.is_some_and(|until| until.since(bed.db().late) > 15 * SECOND),
         "no lease came close to its end"
     );
+}
+
+#[test]
+fn an_embargo_is_not_extended_before_a_search_was_made() {
+    let mut bed = Bed::new(settings());
+    bed.run(5 * SECOND);
+    bed.incarnation = 2;
+    bed.run(20 * SECOND);
+    bed.incarnation = 3;
+    bed.run(5 * SECOND);
+    let embargoes = bed.seen.iter().filter(|seen| matches!(seen, Observation::Embargo(_))).count();
+    assert_eq!(embargoes, 1);
+    // 25 s of 30 s have passed: an orphan is found soon after the rest.
+    bed.add(1, "http://a");
+    let terms = leasehold::machine::ClaimTerms {
+        lease: SECOND,
+        grace: SECOND,
+        expired: false,
+        reclaim_limit: 0,
+        retry_budget: 0,
+    };
+    let db = bed.db();
+    bed.row_mut(1).claim(db, &WorkerId::new("dead"), &terms);
+    bed.run(4 * SECOND);
+    assert!(bed.opened().is_empty(), "the embargo holds");
+    bed.run(3 * SECOND);
+    assert_eq!(bed.opened().len(), 1, "and is over");
+}
+
+#[test]
+fn an_outcome_given_up_on_is_not_taken_for_an_orphan() {
+    let (mut bed, key) = one_open();
+    bed.respond(key, 200);
+    let settle = bed.pending.remove(0);
+    let request = Bed::request_of(&settle);
+    bed.give(Input::Settled { request, reply: Err(StoreFault::Permanent { error: "22003".into() }) });
+    assert!(bed.seen.contains(&Observation::HeartbeatEnded { key, why: HeartbeatEnd::Abandoned }));
+    bed.pass(SECOND);
+    let claim = bed.pending.remove(0);
+    let request = Bed::request_of(&claim);
+    bed.give(Input::Claimed { request, reply: Err(unknown()) });
+    bed.run(10 * SECOND);
+    assert!(!bed.seen.iter().any(|seen| matches!(seen, Observation::OrphanReleased { .. })));
+    assert!(bed.row(1).lease.is_some(), "its lease runs out by itself");
 }
