@@ -2,5 +2,8 @@
 
 #[cfg(feature = "bin")]
 pub mod clock;
+#[cfg(feature = "postgres")]
+pub mod postgres;
+pub mod store;
 #[cfg(feature = "bin")]
 pub mod telemetry;

@@ -1,0 +1,208 @@
+-- Rules P1, P10, P11, P13 in one statement. $1 owner, $2 L and $3 G in microseconds, $4 search for expired leases,
+-- $5 the incarnation known, $6 reclaim limit, $7 retry budget, $8 limit, $9 room for events on probation, $10 share per
+-- destination, $11 and $12 destinations with leases held and their room, $13 largest payload, $14 payload in all,
+-- $15 whether to say if anything is pending.
+with recursive
+server as materialized (
+    select
+        leasehold.early_now() as early,
+        (extract(epoch from pg_postmaster_start_time()) * 1000000)::bigint::text
+            || '/' || substr(pg_walfile_name(pg_current_wal_lsn()), 1, 8) as incarnation,
+        leasehold.late_now() - pg_postmaster_start_time() as up
+),
+search as materialized (
+    select $4 and incarnation = $5 and up >= $2 * interval '1 microsecond' as expired from server
+),
+rooms as materialized (
+    select key, room from unnest($11::text[], $12::int[]) as held (key, room)
+),
+-- Expired leases: the search reads every lease, so it is made seldom (rule P10).
+run_out as materialized (
+    select id, destination_key, next_attempt_at, pg_column_size(payload) as stored, reclaims + 1 >= 3 as probation
+    from leasehold.outbox_events
+    where lease_owner is not null
+        and (select expired from search)
+        and lease_until <= leasehold.early_now() - $3 * interval '1 microsecond'
+        and next_attempt_at <= leasehold.early_now()
+        and destination_key <> all (array(select key from rooms where room <= 0))
+),
+expired as materialized (
+    select id, destination_key, next_attempt_at, stored, 0 as turn, false as probation
+    from run_out
+    where not probation
+    order by next_attempt_at, id
+    limit $8
+),
+probation as materialized (
+    select id, destination_key, next_attempt_at, stored, 1 as turn, true as probation
+    from (
+        select id, destination_key, next_attempt_at, stored from run_out where probation
+        union all
+        (
+            select id, destination_key, next_attempt_at, pg_column_size(payload)
+            from leasehold.outbox_events
+            where delivery_status = 'pending' and lease_owner is null and reclaims >= 3
+                and next_attempt_at <= leasehold.early_now()
+                and destination_key <> all (array(select key from rooms where room <= 0))
+                and $9 > 0
+            order by next_attempt_at, id
+            limit $9
+        )
+    ) as suspect
+    order by next_attempt_at, id
+    limit $9
+),
+fresh as materialized (
+    select id, destination_key, next_attempt_at, pg_column_size(payload) as stored, 2 as turn, false as probation
+    from leasehold.outbox_events
+    where delivery_status = 'pending' and lease_owner is null and reclaims < 3
+        and next_attempt_at <= leasehold.early_now()
+        and destination_key <> all (array(select key from rooms where room <= 0))
+    order by next_attempt_at, id
+    limit $8
+),
+front as materialized (
+    select found.*, row_number() over (partition by destination_key order by turn, next_attempt_at, id) as nth
+    from (select * from expired union all select * from probation union all select * from fresh) as found
+),
+first_picked as materialized (
+    select front.* from front left join rooms on rooms.key = destination_key
+    where nth <= coalesce(room, $10)
+    order by turn, next_attempt_at, id
+    limit $8
+),
+-- The front of the queue was cut off, and shares left some of it out: reach past the destinations that have theirs, by
+-- one index probe for each destination.
+taken as materialized (
+    select destination_key, count(*) as events from first_picked group by destination_key
+),
+missing as materialized (
+    select case when (select count(*) from fresh) = $8 then $8 - (select count(*) from first_picked) else 0 end as events
+),
+destinations as (
+    (
+        select destination_key from leasehold.outbox_events
+        where delivery_status = 'pending' and lease_owner is null and reclaims < 3
+            and (select events from missing) > 0
+        order by destination_key
+        limit 1
+    )
+    union all
+    select (
+        select event.destination_key from leasehold.outbox_events as event
+        where event.delivery_status = 'pending' and event.lease_owner is null and event.reclaims < 3
+            and event.destination_key > destinations.destination_key
+        order by event.destination_key
+        limit 1
+    )
+    from destinations
+    where destinations.destination_key is not null
+),
+more as materialized (
+    select event.*
+    from destinations
+    left join rooms on rooms.key = destinations.destination_key
+    left join taken on taken.destination_key = destinations.destination_key
+    cross join lateral (
+        select id, destination_key, next_attempt_at, pg_column_size(payload) as stored
+        from leasehold.outbox_events
+        where delivery_status = 'pending' and lease_owner is null and reclaims < 3
+            and next_attempt_at <= leasehold.early_now()
+            and outbox_events.destination_key = destinations.destination_key
+            and id <> all (array(select first_picked.id from first_picked))
+        order by next_attempt_at, id
+        limit greatest(coalesce(room, $10) - coalesce(taken.events, 0), 0)
+    ) as event
+    where destinations.destination_key is not null
+    limit (select events from missing)
+),
+picked as materialized (
+    select id, probation, sum(stored) over (order by turn, next_attempt_at, id) - stored as before
+    from (
+        select id, next_attempt_at, stored, turn, probation from first_picked
+        union all
+        select id, next_attempt_at, stored, 3, false from more
+    ) as candidate
+),
+-- Locked in id order, what is locked already is left out; what changed since is seen as it is now.
+locked as materialized (
+    select event.id, event.event_id, event.event_type, event.destination_url, event.destination_key,
+        event.payload::text as body, event.attempts, event.max_attempts, event.next_attempt_at, event.reclaims,
+        event.lease_owner is not null as reclaimed
+    from leasehold.outbox_events as event
+    where event.id = any (array(select id from picked where before <= $14))
+        and event.delivery_status = 'pending'
+        and event.next_attempt_at <= leasehold.early_now()
+        and (
+            event.lease_owner is null
+            or (select expired from search)
+                and event.lease_until <= leasehold.early_now() - $3 * interval '1 microsecond'
+        )
+        and (
+            event.reclaims + (event.lease_owner is not null)::int < 3
+            or event.id = any (array(select id from picked where probation))
+        )
+    order by event.id
+    for no key update skip locked
+),
+sized as materialized (
+    select locked.*,
+        octet_length(body) as bytes,
+        sum(case when octet_length(body) <= $13 then octet_length(body) else 0 end) over claim_order as total,
+        row_number() over claim_order as place
+    from locked
+    window claim_order as (order by next_attempt_at, id)
+),
+-- The late clock is read once every row is locked.
+granted as materialized (
+    select sized.*, leasehold.late_now() as late,
+        case
+            when attempts >= case when $7 = 0 then max_attempts else least(max_attempts, $7 + 1) end then 'attempts'
+            when $6 > 0 and reclaims + reclaimed::int > $6 then 'reclaims'
+        end as spent
+    from sized
+    where place = 1 or total <= $14
+),
+claimed as (
+    update leasehold.outbox_events as event set
+        lease_token = case
+            when spent is not null and not reclaimed then event.lease_token
+            else greatest(
+                event.lease_token + 1,
+                (extract(epoch from date_trunc('milliseconds', late)) * 1000)::bigint
+            )
+        end,
+        lease_owner = case when spent is null then $1 end,
+        lease_until = case when spent is null then late + $2 * interval '1 microsecond' end,
+        reclaims = event.reclaims + reclaimed::int,
+        delivery_status = case when spent is null then 'pending' else 'failed' end,
+        last_error = case spent when 'attempts' then $16 when 'reclaims' then $17 else event.last_error end,
+        updated_at = late
+    from granted
+    where event.id = granted.id
+    returning event.id, event.lease_token, event.reclaims, spent, reclaimed, place,
+        event.event_id, event.event_type, event.destination_url, event.destination_key, event.attempts,
+        event.max_attempts, bytes, case when spent is null and bytes <= $13 then body end as body
+)
+select
+    (extract(epoch from leasehold.late_now()) * 1000000)::bigint as db_now,
+    server.incarnation,
+    search.expired as searched,
+    case when (select count(*) from claimed) < $8 then (
+        select (extract(epoch from next_attempt_at - server.early) * 1000000)::bigint
+        from leasehold.outbox_events
+        where delivery_status = 'pending' and lease_owner is null and reclaims < 3
+            and next_attempt_at > leasehold.early_now()
+        order by next_attempt_at
+        limit 1
+    ) end as next_due_in,
+    case when $15 then
+        exists (select from leasehold.outbox_events
+            where delivery_status = 'pending' and lease_owner is null and reclaims < 3)
+        or exists (select from leasehold.outbox_events
+            where delivery_status = 'pending' and lease_owner is null and reclaims >= 3)
+        or exists (select from leasehold.outbox_events where lease_owner is not null)
+    end as any_pending,
+    claimed.*
+from server cross join search left join claimed on true
+order by claimed.place

@@ -1,0 +1,97 @@
+//! What a failed call means: one total function.
+
+use crate::machine::StoreFault;
+
+/// What became of a statement that the server refused with this SQLSTATE.
+fn by_sqlstate(code: &str, error: String) -> StoreFault {
+    match code {
+        // The session was ended, or the server is going down: the commit may have happened before.
+        "57P01" | "57P02" | "57P03" | "57P05" => StoreFault::Unknown { error },
+        // Surely rolled back, and worth repeating: cancelled, read-only, not a primary (any more), lock not available.
+        "57014" | "25006" | "55000" | "55006" | "55P03" => StoreFault::NotApplied { error },
+        _ => match code.get(..2) {
+            // Connection failures.
+            Some("08") => StoreFault::Unknown { error },
+            // Transaction rollback (serialization, deadlock), insufficient resources, I/O and internal errors.
+            Some("40" | "53" | "58" | "XX") => StoreFault::NotApplied { error },
+            _ => StoreFault::Permanent { error },
+        },
+    }
+}
+
+/// The text of an error without anything of a row: of what the server says, code and message, never the detail.
+pub(super) fn text(error: &sqlx::Error) -> String {
+    match error {
+        sqlx::Error::Database(error) => {
+            format!("{} {}", error.code().as_deref().unwrap_or("-----"), error.message())
+        }
+        sqlx::Error::Io(error) => format!("connection: {error}"),
+        sqlx::Error::PoolTimedOut => "no connection within store_timeout".into(),
+        sqlx::Error::Tls(error) => format!("TLS: {error}"),
+        sqlx::Error::ColumnDecode { index, .. } => format!("column {index} can't be decoded"),
+        other => other.to_string(),
+    }
+}
+
+/// A call that never got a connection: surely not applied.
+pub(super) fn not_connected(error: &sqlx::Error) -> StoreFault {
+    StoreFault::NotApplied { error: text(error) }
+}
+
+/// A call that failed after it was sent.
+pub(super) fn after_send(error: &sqlx::Error) -> StoreFault {
+    let text = text(error);
+    match error {
+        sqlx::Error::Database(database) => by_sqlstate(database.code().as_deref().unwrap_or(""), text),
+        // The statement was encoded or its reply decoded by us: repeating can't help, and a reply means applied.
+        sqlx::Error::Decode(_) | sqlx::Error::ColumnDecode { .. } | sqlx::Error::ColumnNotFound(_) => {
+            StoreFault::Unknown { error: text }
+        }
+        sqlx::Error::Encode(_) => StoreFault::Permanent { error: text },
+        _ => StoreFault::Unknown { error: text },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_class_means_what_it_must() {
+        let kind = |code| match by_sqlstate(code, String::new()) {
+            StoreFault::Unknown { .. } => "unknown",
+            StoreFault::NotApplied { .. } => "not applied",
+            StoreFault::Permanent { .. } => "permanent",
+        };
+        for (code, meaning) in [
+            ("57P01", "unknown"),     // admin_shutdown
+            ("57P02", "unknown"),     // crash_shutdown
+            ("57P03", "unknown"),     // cannot_connect_now
+            ("08006", "unknown"),     // connection_failure
+            ("57014", "not applied"), // query_canceled, statement_timeout included
+            ("40001", "not applied"), // serialization_failure
+            ("40P01", "not applied"), // deadlock_detected
+            ("25006", "not applied"), // read_only_sql_transaction
+            ("55000", "not applied"), // recovery is in progress
+            ("55P03", "not applied"), // lock_not_available
+            ("53100", "not applied"), // disk_full
+            ("53300", "not applied"), // too_many_connections
+            ("58030", "not applied"), // io_error
+            ("23514", "permanent"),   // check_violation
+            ("22003", "permanent"),   // numeric_value_out_of_range
+            ("42P01", "permanent"),   // undefined_table
+            ("42501", "permanent"),   // insufficient_privilege
+            ("", "permanent"),
+        ] {
+            assert_eq!(kind(code), meaning, "{code}");
+        }
+    }
+
+    #[test]
+    fn a_lost_connection_is_unknown_after_the_send_and_not_applied_before() {
+        let broken = sqlx::Error::Io(std::io::Error::from(std::io::ErrorKind::ConnectionReset));
+        assert!(matches!(after_send(&broken), StoreFault::Unknown { .. }));
+        assert!(matches!(not_connected(&broken), StoreFault::NotApplied { .. }));
+        assert!(matches!(not_connected(&sqlx::Error::PoolTimedOut), StoreFault::NotApplied { .. }));
+    }
+}

@@ -1,0 +1,550 @@
+//! The outbox on Postgres 13 and later, through sqlx.
+//!
+//! One statement a call; no session state; no transaction and no connection is held between calls. Renewals have a pool
+//! of their own (rule P5). A call whose future is dropped, or that fails, closes its connection; on direct connections
+//! the server then cancels the statement by `statement_timeout`.
+
+mod connect;
+mod error;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use sqlx::postgres::{PgArguments, PgListener, PgPool, PgRow, Postgres as Database};
+use sqlx::query::Query;
+use sqlx::{Connection, Row as _};
+use tokio::sync::Mutex;
+
+use self::connect::Hosts;
+use self::error::{after_send, not_connected, text};
+use super::store::{NewEvent, Status, StoreError, clean};
+use crate::machine::{
+    Answer, ClaimFailure, ClaimReply, ClaimRequest, DbTime, DestinationKey, Grant, Incarnation, LeaseKey,
+    OwnedReply, OwnedRequest, RenewReply, RenewRequest, RowId, Settle, SettleReply, SettleRequest,
+    StoreFault, Token, Unsendable, WorkerId,
+};
+use crate::ports::{Claimed, Message, Outbox};
+
+/// Sent by `enqueue` after a commit, and listened to by workers.
+const CHANNEL: &str = "leasehold_events";
+
+/// How many bytes of payload one claim returns at most.
+pub(super) const CLAIM_BYTES: i64 = 8 * 1024 * 1024;
+
+const CLAIM: &str = include_str!("claim.sql");
+const RENEW: &str = include_str!("renew.sql");
+const SETTLE: &str = include_str!("settle.sql");
+const OWNED: &str =
+    "select (extract(epoch from leasehold.late_now()) * 1000000)::bigint as db_now, id, lease_token as token
+     from (select) as always left join leasehold.outbox_events on lease_owner = $1";
+
+/// How to reach the outbox.
+#[derive(Clone, Debug)]
+pub struct PostgresOptions {
+    /// `R`: bounds getting a connection, and each statement on direct connections.
+    pub store_timeout: Duration,
+    /// The largest payload that is returned, in bytes.
+    pub max_payload: u64,
+    /// Named prepared statements and startup options; off for poolers in transaction mode. Off, each call is a
+    /// transaction of its own with unnamed statements, and there is no `LISTEN`.
+    pub prepared_statements: bool,
+}
+
+/// The outbox on Postgres.
+#[derive(Debug)]
+pub struct Postgres {
+    hosts: Arc<Hosts>,
+    /// Claims, settles, looks.
+    calls: PgPool,
+    /// Heartbeats: one connection, and a spare (rule P5).
+    renewals: PgPool,
+    options: PostgresOptions,
+    listener: Mutex<Option<PgListener>>,
+    renew: String,
+    renew_waiting: String,
+}
+
+impl Postgres {
+    /// Reads the URL; connects when first used.
+    ///
+    /// # Errors
+    /// When the URL can't be read; the text shows no password.
+    pub fn new(url: &str, options: PostgresOptions) -> Result<Self, StoreError> {
+        let hosts = Arc::new(Hosts::parse(url, &options)?);
+        let (marked, waiting) = (RENEW.to_owned(), RENEW.replace("/* skip locked */", ""));
+        Ok(Self {
+            calls: hosts.pool(4, options.store_timeout),
+            renewals: hosts.pool(2, options.store_timeout),
+            hosts,
+            options,
+            listener: Mutex::new(None),
+            renew: marked.replace("/* skip locked */", "skip locked"),
+            renew_waiting: waiting,
+        })
+    }
+
+    /// Applies what is missing of the migrations. Safe to run twice and from several processes at once.
+    ///
+    /// # Errors
+    /// When the database refuses.
+    pub async fn migrate(&self) -> Result<(), StoreError> {
+        const DOING: &str = "migrating";
+        let mut connection =
+            self.hosts.connect_plain().await.map_err(|error| database("connecting", &error))?;
+        // One transaction with a lock of its own, so that it works through poolers and two first runs don't collide.
+        let mut transaction = connection.begin().await.map_err(|error| database(DOING, &error))?;
+        let run = |sql: &'static str| sqlx::raw_sql(sql);
+        run("select pg_advisory_xact_lock(7311846112204518257)")
+            .execute(&mut *transaction)
+            .await
+            .map_err(|error| database(DOING, &error))?;
+        run("create schema if not exists leasehold;
+             create table if not exists leasehold.migrations (
+                 version int primary key, applied_at timestamptz not null default now())")
+        .execute(&mut *transaction)
+        .await
+        .map_err(|error| database(DOING, &error))?;
+        let applied: Vec<i32> = sqlx::query_scalar("select version from leasehold.migrations")
+            .persistent(false)
+            .fetch_all(&mut *transaction)
+            .await
+            .map_err(|error| database(DOING, &error))?;
+        for (version, sql) in MIGRATIONS.iter().filter(|(version, _)| !applied.contains(version)) {
+            run(sql).execute(&mut *transaction).await.map_err(|error| database(DOING, &error))?;
+            sqlx::query("insert into leasehold.migrations (version) values ($1)")
+                .persistent(false)
+                .bind(version)
+                .execute(&mut *transaction)
+                .await
+                .map_err(|error| database(DOING, &error))?;
+        }
+        transaction.commit().await.map_err(|error| database(DOING, &error))
+    }
+
+    /// Fails with what to do if the schema is missing or older than this program.
+    ///
+    /// # Errors
+    /// [`StoreError::Schema`] or what kept it from looking.
+    pub async fn check_schema(&self) -> Result<(), StoreError> {
+        let query = sqlx::query_scalar::<_, Option<i32>>("select max(version) from leasehold.migrations");
+        let version = match query.persistent(false).fetch_one(&self.calls).await {
+            Ok(version) => version.unwrap_or(0),
+            Err(sqlx::Error::Database(error))
+                if matches!(error.code().as_deref(), Some("42P01" | "3F000")) =>
+            {
+                0
+            }
+            Err(error) => return Err(database("looking for the schema", &error)),
+        };
+        match MIGRATIONS.last() {
+            Some((newest, _)) if version < *newest => {
+                Err(StoreError::Schema { missing: format!("schema version {version}, needed {newest}") })
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Inserts events in one transaction: all or none. Returns their ids, in order.
+    ///
+    /// # Errors
+    /// When the database refuses any of them.
+    pub async fn enqueue(&self, events: &[NewEvent]) -> Result<Vec<String>, StoreError> {
+        self.check_schema().await?;
+        let doing = |error: sqlx::Error| match &error {
+            sqlx::Error::Database(refused) if refused.code().as_deref() == Some("23505") => {
+                StoreError::Duplicate { error: text(&error) }
+            }
+            _ => database("enqueueing", &error),
+        };
+        let mut transaction = self.calls.begin().await.map_err(doing)?;
+        let mut ids = Vec::with_capacity(events.len());
+        for batch in events.chunks(1_000) {
+            let column = |of: fn(&NewEvent) -> Option<String>| batch.iter().map(of).collect::<Vec<_>>();
+            let rows: Vec<String> = sqlx::query_scalar(
+                "insert into leasehold.outbox_events
+                     (event_id, event_type, destination_url, payload, max_attempts, next_attempt_at)
+                 select coalesce(event_id, gen_random_uuid()::text), event_type, destination_url, payload::jsonb,
+                     coalesce(max_attempts, 20), coalesce(to_timestamp(next_attempt_at / 1e6), now())
+                 from unnest($1::text[], $2::text[], $3::text[], $4::text[], $5::int[], $6::bigint[]) with ordinality
+                     as event (event_id, event_type, destination_url, payload, max_attempts, next_attempt_at, place)
+                 order by place
+                 returning event_id",
+            )
+            .persistent(false)
+            .bind(column(|event| event.event_id.clone()))
+            .bind(column(|event| Some(event.event_type.clone())))
+            .bind(column(|event| Some(event.destination_url.clone())))
+            .bind(column(|event| Some(event.payload.clone())))
+            .bind(batch.iter().map(|event| event.max_attempts).collect::<Vec<_>>())
+            .bind(batch.iter().map(|event| event.next_attempt_at).collect::<Vec<_>>())
+            .fetch_all(&mut *transaction)
+            .await
+            .map_err(doing)?;
+            ids.extend(rows);
+        }
+        sqlx::query("select pg_notify($1, '')")
+            .persistent(false)
+            .bind(CHANNEL)
+            .execute(&mut *transaction)
+            .await
+            .map_err(doing)?;
+        transaction.commit().await.map_err(doing)?;
+        Ok(ids)
+    }
+
+    /// Counts the events.
+    ///
+    /// # Errors
+    /// When the database can't be read or has no schema.
+    pub async fn status(&self) -> Result<Status, StoreError> {
+        self.check_schema().await?;
+        let row = sqlx::query(
+            "select
+                 count(*) filter (where delivery_status = 'pending') as pending,
+                 count(*) filter (where delivery_status = 'pending' and lease_owner is null
+                     and next_attempt_at <= leasehold.early_now()) as due,
+                 count(*) filter (where delivery_status = 'pending' and attempts > 0) as retrying,
+                 count(*) filter (where lease_owner is not null) as leased,
+                 count(*) filter (where delivery_status = 'delivered') as delivered,
+                 count(*) filter (where delivery_status = 'failed') as failed,
+                 extract(epoch from leasehold.early_now() - min(next_attempt_at) filter (
+                     where delivery_status = 'pending' and lease_owner is null
+                     and next_attempt_at <= leasehold.early_now()))::float8 as age
+             from leasehold.outbox_events",
+        )
+        .persistent(false)
+        .fetch_one(&self.calls)
+        .await
+        .map_err(|error| database("counting events", &error))?;
+        let count = |name: &str| row.try_get::<i64, _>(name).map(i64::unsigned_abs);
+        let read = || -> Result<Status, sqlx::Error> {
+            Ok(Status {
+                pending: count("pending")?,
+                due: count("due")?,
+                retrying: count("retrying")?,
+                leased: count("leased")?,
+                delivered: count("delivered")?,
+                failed: count("failed")?,
+                oldest_due_age_seconds: row.try_get("age")?,
+            })
+        };
+        read().map_err(|error| database("counting events", &error))
+    }
+
+    /// The server's version, for `check`.
+    ///
+    /// # Errors
+    /// When the database can't be reached.
+    pub async fn server_version(&self) -> Result<String, StoreError> {
+        sqlx::query_scalar("show server_version")
+            .persistent(false)
+            .fetch_one(&self.calls)
+            .await
+            .map_err(|error| database("connecting", &error))
+    }
+
+    /// One call on a connection of `pool`, which is closed unless the call ends well.
+    async fn call(
+        &self,
+        pool: &PgPool,
+        query: Query<'static, Database, PgArguments>,
+    ) -> Result<Vec<PgRow>, StoreFault> {
+        let mut connection = self.hosts.acquire(pool).await.map_err(|error| not_connected(&error))?;
+        let reply = if self.options.prepared_statements {
+            query.fetch_all(connection.get()).await
+        } else {
+            self.in_transaction(connection.get(), query).await
+        };
+        match reply {
+            Ok(rows) => {
+                connection.put_back();
+                Ok(rows)
+            }
+            Err(error) => {
+                let fault = after_send(&error);
+                match fault {
+                    // The server answered on a sound connection.
+                    StoreFault::Permanent { .. } if self.options.prepared_statements => connection.put_back(),
+                    _ => self.hosts.look_elsewhere(&error),
+                }
+                Err(fault)
+            }
+        }
+    }
+
+    /// For poolers in transaction mode: nothing outlives the transaction.
+    async fn in_transaction(
+        &self,
+        connection: &mut sqlx::PgConnection,
+        query: Query<'static, Database, PgArguments>,
+    ) -> Result<Vec<PgRow>, sqlx::Error> {
+        let millis = self.options.store_timeout.as_millis();
+        let mut transaction = connection.begin().await?;
+        sqlx::raw_sql(sqlx::AssertSqlSafe(format!("set local statement_timeout = {millis}")))
+            .execute(&mut *transaction)
+            .await?;
+        let rows = query.persistent(false).fetch_all(&mut *transaction).await?;
+        transaction.commit().await?;
+        Ok(rows)
+    }
+}
+
+const MIGRATIONS: [(i32, &str); 1] =
+    [(1, include_str!("../../../migrations/postgres/0001_create_outbox_events.sql"))];
+
+fn database(doing: &'static str, error: &sqlx::Error) -> StoreError {
+    match error {
+        sqlx::Error::Database(refused) if matches!(refused.code().as_deref(), Some("42P01" | "3F000")) => {
+            StoreError::Schema { missing: text(error) }
+        }
+        _ => StoreError::Database { doing, error: text(error) },
+    }
+}
+
+/// Microseconds as the statements take them.
+fn micros(duration: Duration) -> i64 {
+    i64::try_from(duration.as_micros()).unwrap_or(i64::MAX)
+}
+
+fn count(number: u32) -> i32 {
+    i32::try_from(number).unwrap_or(i32::MAX)
+}
+
+fn unreadable(error: &sqlx::Error) -> StoreFault {
+    StoreFault::Unknown { error: text(error) }
+}
+
+impl Outbox for Postgres {
+    async fn claim(&self, request: ClaimRequest) -> Result<Claimed, StoreFault> {
+        let (keys, rooms): (Vec<String>, Vec<i32>) =
+            request.shares.iter().map(|(key, room)| (key.as_str().to_owned(), count(*room))).unzip();
+        let query = sqlx::query(CLAIM)
+            .bind(request.owner.as_str().to_owned())
+            .bind(micros(request.terms.lease))
+            .bind(micros(request.terms.grace))
+            .bind(request.terms.expired)
+            .bind(request.incarnation.as_ref().map(|known| known.as_str().to_owned()))
+            .bind(count(request.terms.reclaim_limit))
+            .bind(count(request.terms.retry_budget))
+            .bind(count(request.limit))
+            .bind(count(request.probation))
+            .bind(count(request.share))
+            .bind(keys)
+            .bind(rooms)
+            .bind(i64::try_from(self.options.max_payload).unwrap_or(i64::MAX))
+            .bind(CLAIM_BYTES)
+            .bind(request.count_pending)
+            .bind(ClaimFailure::AttemptsSpent.last_error())
+            .bind(ClaimFailure::ReclaimsSpent.last_error());
+        let rows = self.call(&self.calls, query).await?;
+        read_claim(&rows).map_err(|error| unreadable(&error))
+    }
+
+    async fn renew(&self, request: RenewRequest) -> Result<RenewReply, StoreFault> {
+        let (ids, tokens) = guards(&request.keys);
+        let sql = if request.wait { &self.renew_waiting } else { &self.renew };
+        let query = sqlx::query(sqlx::AssertSqlSafe(sql.clone()))
+            .bind(request.owner.as_str().to_owned())
+            .bind(ids)
+            .bind(tokens)
+            .bind(micros(request.lease));
+        let rows = self.call(&self.renewals, query).await?;
+        let (db_now, answers) = read_answers(&rows).map_err(|error| unreadable(&error))?;
+        Ok(RenewReply { db_now, answers })
+    }
+
+    async fn settle(&self, request: SettleRequest) -> Result<SettleReply, StoreFault> {
+        let keys: Vec<LeaseKey> = request.entries.iter().map(|(key, _)| *key).collect();
+        let (ids, tokens) = guards(&keys);
+        let settles: Vec<Flat> = request.entries.into_iter().map(|(_, settle)| flatten(settle)).collect();
+        let query = sqlx::query(SETTLE)
+            .bind(request.owner.as_str().to_owned())
+            .bind(ids)
+            .bind(tokens)
+            .bind(settles.iter().map(|settle| settle.kind.to_owned()).collect::<Vec<_>>())
+            .bind(settles.iter().map(|settle| settle.delay).collect::<Vec<_>>())
+            .bind(settles.iter().map(|settle| settle.error.clone()).collect::<Vec<_>>())
+            .bind(settles.iter().map(|settle| settle.status).collect::<Vec<_>>());
+        let rows = self.call(&self.calls, query).await?;
+        let (db_now, answers) = read_answers(&rows).map_err(|error| unreadable(&error))?;
+        Ok(SettleReply { db_now, answers })
+    }
+
+    async fn owned(&self, request: OwnedRequest) -> Result<OwnedReply, StoreFault> {
+        let query = sqlx::query(OWNED).bind(request.owner.as_str().to_owned());
+        let rows = self.call(&self.calls, query).await?;
+        let read = || -> Result<OwnedReply, sqlx::Error> {
+            let mut reply = OwnedReply { db_now: DbTime::default(), keys: Vec::new() };
+            for row in &rows {
+                reply.db_now = DbTime::from_micros(row.try_get("db_now")?);
+                if let (Some(id), Some(token)) = (row.try_get("id")?, row.try_get("token")?) {
+                    reply.keys.push(LeaseKey { row: RowId(id), token: Token(token) });
+                }
+            }
+            Ok(reply)
+        };
+        read().map_err(|error| unreadable(&error))
+    }
+
+    async fn hint(&self) {
+        if !self.options.prepared_statements {
+            return std::future::pending().await;
+        }
+        let mut pause = Duration::from_millis(500);
+        let mut listener = self.listener.lock().await;
+        loop {
+            if listener.is_none() {
+                *listener = self.hosts.listen(CHANNEL).await.ok();
+            }
+            if let Some(listening) = listener.as_mut()
+                && listening.recv().await.is_ok()
+            {
+                return;
+            }
+            // Polling is the truth; a wake-up that fails is no failure.
+            *listener = None;
+            tokio::time::sleep(pause).await;
+            pause = (pause * 2).min(Duration::from_secs(30));
+        }
+    }
+}
+
+fn guards(keys: &[LeaseKey]) -> (Vec<i64>, Vec<i64>) {
+    keys.iter().map(|key| (key.row.0, key.token.0)).unzip()
+}
+
+/// A settle as the statement's columns.
+struct Flat {
+    kind: &'static str,
+    delay: Option<i64>,
+    error: Option<String>,
+    status: Option<i32>,
+}
+
+fn flatten(settle: Settle) -> Flat {
+    let status = |status: Option<u16>| status.map(i32::from);
+    match settle {
+        Settle::Delivered { status: code } => {
+            Flat { kind: "delivered", delay: None, error: None, status: status(Some(code)) }
+        }
+        Settle::Retry { delay, error, status: code } => Flat {
+            kind: "retry",
+            delay: Some(micros(delay)),
+            error: Some(clean(&error)),
+            status: status(code),
+        },
+        Settle::Failed { error, status: code, tried } => Flat {
+            kind: if tried { "failed" } else { "untried" },
+            delay: None,
+            error: Some(clean(&error)),
+            status: status(code),
+        },
+        Settle::Release { delay } => {
+            Flat { kind: "release", delay: delay.map(micros), error: None, status: None }
+        }
+    }
+}
+
+fn read_answers(rows: &[PgRow]) -> Result<(DbTime, Vec<(LeaseKey, Answer)>), sqlx::Error> {
+    let mut db_now = DbTime::default();
+    let mut answers = Vec::with_capacity(rows.len());
+    for row in rows {
+        db_now = DbTime::from_micros(row.try_get("db_now")?);
+        let key = LeaseKey { row: RowId(row.try_get("id")?), token: Token(row.try_get("token")?) };
+        let answer = match row.try_get::<&str, _>("answer")? {
+            "applied" => Answer::Applied,
+            "ended" => Answer::Ended,
+            "refused" => Answer::Refused,
+            _ => Answer::Skipped,
+        };
+        answers.push((key, answer));
+    }
+    Ok((db_now, answers))
+}
+
+fn read_claim(rows: &[PgRow]) -> Result<Claimed, sqlx::Error> {
+    let header = rows.first().ok_or(sqlx::Error::RowNotFound)?;
+    let next_due_in: Option<i64> = header.try_get("next_due_in")?;
+    let mut reply = ClaimReply {
+        db_now: DbTime::from_micros(header.try_get("db_now")?),
+        incarnation: Incarnation::new(header.try_get::<String, _>("incarnation")?),
+        searched_expired: header.try_get::<Option<bool>, _>("searched")?.unwrap_or(false),
+        grants: Vec::new(),
+        failed: Vec::new(),
+        next_due_in: next_due_in.map(|micros| Duration::from_micros(u64::try_from(micros).unwrap_or(0))),
+        any_pending: header.try_get("any_pending")?,
+    };
+    let mut messages = Vec::new();
+    for row in rows {
+        let Some(id) = row.try_get::<Option<i64>, _>("id")? else { continue };
+        match row.try_get::<Option<&str>, _>("spent")? {
+            Some("attempts") => reply.failed.push((RowId(id), ClaimFailure::AttemptsSpent)),
+            Some(_) => reply.failed.push((RowId(id), ClaimFailure::ReclaimsSpent)),
+            None => {
+                let key = LeaseKey { row: RowId(id), token: Token(row.try_get("lease_token")?) };
+                let (grant, message) = read_event(row, key);
+                reply.grants.push(grant);
+                messages.push(Arc::new(message));
+            }
+        }
+    }
+    Ok(Claimed { reply, messages })
+}
+
+/// Reads one event; what doesn't decode makes this event unsendable and harms no other (rule P6).
+fn read_event(row: &PgRow, key: LeaseKey) -> (Grant, Message) {
+    let read = || -> Result<(Grant, Message), sqlx::Error> {
+        let number =
+            |name: &str| row.try_get::<i32, _>(name).map(|number| u32::try_from(number).unwrap_or(0));
+        let body: Option<String> = row.try_get("body")?;
+        let bytes = u64::try_from(row.try_get::<i32, _>("bytes")?).unwrap_or(0);
+        let grant = Grant {
+            key,
+            destination: DestinationKey::new(row.try_get::<String, _>("destination_key")?),
+            attempts: number("attempts")?,
+            max_attempts: number("max_attempts")?,
+            reclaims: number("reclaims")?,
+            reclaimed: row.try_get("reclaimed")?,
+            unsendable: body.is_none().then_some(Unsendable::Oversized { bytes }),
+        };
+        let message = Message {
+            event_id: row.try_get("event_id")?,
+            event_type: row.try_get("event_type")?,
+            destination_url: row.try_get("destination_url")?,
+            payload: Bytes::from(body.unwrap_or_default()),
+        };
+        Ok((grant, message))
+    };
+    read().unwrap_or_else(|error| {
+        let unsendable = Some(Unsendable::Malformed { error: text(&error) });
+        let destination = DestinationKey::new("malformed");
+        let grant = Grant {
+            key,
+            destination,
+            attempts: 0,
+            max_attempts: 1,
+            reclaims: 0,
+            reclaimed: false,
+            unsendable,
+        };
+        let message = Message {
+            event_id: row.try_get("event_id").unwrap_or_default(),
+            event_type: String::new(),
+            destination_url: String::new(),
+            payload: Bytes::new(),
+        };
+        (grant, message)
+    })
+}
+
+/// Who owns what, for tests and the demo.
+impl Postgres {
+    /// The leases of a worker.
+    ///
+    /// # Errors
+    /// As [`Outbox::owned`].
+    pub async fn leases_of(&self, owner: WorkerId) -> Result<Vec<LeaseKey>, StoreFault> {
+        Ok(self.owned(OwnedRequest { owner }).await?.keys)
+    }
+}

@@ -1,0 +1,32 @@
+-- Rules P2 and P5. $1 owner, $2 ids, $3 tokens, $4 L in microseconds. Writes `lease_until` alone, so that it is HOT.
+with asked as materialized (
+    select id, token from unnest($2::bigint[], $3::bigint[]) as asked (id, token)
+),
+locked as materialized (
+    select event.id, event.lease_token, event.lease_owner
+    from leasehold.outbox_events as event
+    where event.id = any ($2)
+    order by event.id
+    for no key update /* skip locked */
+),
+renewed as (
+    update leasehold.outbox_events as event
+    set lease_until = greatest(event.lease_until, leasehold.late_now() + $4 * interval '1 microsecond')
+    from locked join asked on asked.id = locked.id
+    where event.id = locked.id and locked.lease_token = asked.token and locked.lease_owner = $1
+    returning event.id
+)
+select
+    (extract(epoch from leasehold.late_now()) * 1000000)::bigint as db_now,
+    asked.id,
+    asked.token,
+    case
+        when renewed.id is not null then 'applied'
+        when locked.id is not null and locked.lease_token = asked.token and locked.lease_owner is null then 'ended'
+        when locked.id is not null then 'refused'
+        when exists (select from leasehold.outbox_events as event where event.id = asked.id) then 'skipped'
+        else 'refused'
+    end as answer
+from asked
+left join locked on locked.id = asked.id
+left join renewed on renewed.id = asked.id

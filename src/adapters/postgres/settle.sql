@@ -1,0 +1,51 @@
+-- Rules P2, P6 and P9. $1 owner, then one array each: $2 ids, $3 tokens, $4 kinds, $5 delays in microseconds, $6 errors,
+-- $7 statuses.
+with asked as materialized (
+    select id, token, kind, delay, error, status
+    from unnest($2::bigint[], $3::bigint[], $4::text[], $5::bigint[], $6::text[], $7::int[])
+        as asked (id, token, kind, delay, error, status)
+),
+locked as materialized (
+    select event.id, event.lease_token, event.lease_owner
+    from leasehold.outbox_events as event
+    where event.id = any ($2)
+    order by event.id
+    for no key update skip locked
+),
+guarded as materialized (
+    select asked.*, leasehold.late_now() as late
+    from locked join asked on asked.id = locked.id
+    where locked.lease_token = asked.token and locked.lease_owner = $1
+),
+settled as (
+    update leasehold.outbox_events as event set
+        lease_owner = null,
+        lease_until = null,
+        delivery_status = case kind
+            when 'delivered' then 'delivered' when 'failed' then 'failed' when 'untried' then 'failed' else 'pending'
+        end,
+        attempts = event.attempts + (kind in ('delivered', 'retry', 'failed'))::int,
+        reclaims = case kind when 'release' then event.reclaims else 0 end,
+        next_attempt_at = coalesce(late + delay * interval '1 microsecond', event.next_attempt_at),
+        last_error = case kind when 'release' then event.last_error else error end,
+        last_status = case kind when 'release' then event.last_status else status end,
+        delivered_at = case kind when 'delivered' then late else event.delivered_at end,
+        updated_at = late
+    from guarded
+    where event.id = guarded.id
+    returning event.id
+)
+select
+    (extract(epoch from leasehold.late_now()) * 1000000)::bigint as db_now,
+    asked.id,
+    asked.token,
+    case
+        when settled.id is not null then 'applied'
+        when locked.id is not null and locked.lease_token = asked.token and locked.lease_owner is null then 'ended'
+        when locked.id is not null then 'refused'
+        when exists (select from leasehold.outbox_events as event where event.id = asked.id) then 'skipped'
+        else 'refused'
+    end as answer
+from asked
+left join locked on locked.id = asked.id
+left join settled on settled.id = asked.id

@@ -1,0 +1,98 @@
+//! What both stores share: new events, counts, and the cleaning of text.
+
+/// An event to be written into the outbox.
+#[derive(Clone, PartialEq, Eq)]
+pub struct NewEvent {
+    /// The deduplication key; a fresh UUID if `None`.
+    pub event_id: Option<String>,
+    /// 1 to 255 visible ASCII characters.
+    pub event_type: String,
+    /// Where it goes.
+    pub destination_url: String,
+    /// JSON text.
+    pub payload: String,
+    /// The row's attempt limit; the table's default if `None`.
+    pub max_attempts: Option<i32>,
+    /// Unix microseconds of the first attempt; now if `None`.
+    pub next_attempt_at: Option<i64>,
+}
+
+impl std::fmt::Debug for NewEvent {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("NewEvent").field("event_id", &self.event_id).finish_non_exhaustive()
+    }
+}
+
+/// How many events are in which state. `pending` = leased + due + waiting; `retrying` = pending with attempts.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Status {
+    /// Not terminal.
+    pub pending: u64,
+    /// Unleased, and its time has come.
+    pub due: u64,
+    /// Pending with attempts.
+    pub retrying: u64,
+    /// Under a lease.
+    pub leased: u64,
+    /// Terminal.
+    pub delivered: u64,
+    /// Terminal.
+    pub failed: u64,
+    /// Seconds since `next_attempt_at` of the oldest due event; `None` if nothing is due.
+    pub oldest_due_age_seconds: Option<f64>,
+}
+
+/// The longest text that is stored for an error, in characters.
+const TEXT_MAX: usize = 1_000;
+
+/// Makes text fit for the store and for a terminal: no NUL, no control characters, bounded length.
+pub(crate) fn clean(text: &str) -> String {
+    text.chars().take(TEXT_MAX).map(|c| if c.is_control() { ' ' } else { c }).collect()
+}
+
+/// Why a store could not be opened or read by a command.
+#[derive(Debug)]
+pub enum StoreError {
+    /// The schema is not there, or older than this program.
+    Schema {
+        /// What is missing.
+        missing: String,
+    },
+    /// An event with this id is in the outbox already.
+    Duplicate {
+        /// What the database says, without the row.
+        error: String,
+    },
+    /// Anything else: what was being done, and what the database says, without row contents.
+    Database {
+        /// What was being done.
+        doing: &'static str,
+        /// The error.
+        error: String,
+    },
+}
+
+impl std::fmt::Display for StoreError {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Schema { missing } => {
+                write!(f, "the outbox is not set up ({missing}): run `leasehold migrate` on this database")
+            }
+            Self::Duplicate { error } => write!(f, "an event with that id is in the outbox already: {error}"),
+            Self::Database { doing, error } => write!(f, "{doing}: {error}"),
+        }
+    }
+}
+
+impl std::error::Error for StoreError {}
+
+#[cfg(test)]
+mod tests {
+    use super::clean;
+
+    #[test]
+    fn text_is_cleaned_on_character_boundaries() {
+        assert_eq!(clean("a\0b\nc\u{1b}[31m"), "a b c [31m");
+        assert_eq!(clean(&"é".repeat(2_000)).chars().count(), 1_000);
+    }
+}
