@@ -4,6 +4,8 @@
 pub mod clock;
 #[cfg(feature = "postgres")]
 pub mod postgres;
+#[cfg(feature = "sqlite")]
+pub mod sqlite;
 pub mod store;
 #[cfg(feature = "bin")]
 pub mod telemetry;

@@ -42,6 +42,9 @@ pub struct Status {
     pub oldest_due_age_seconds: Option<f64>,
 }
 
+/// How many bytes of payload one claim returns at most.
+pub(crate) const CLAIM_BYTES: i64 = 8 * 1024 * 1024;
+
 /// The longest text that is stored for an error, in characters.
 const TEXT_MAX: usize = 1_000;
 

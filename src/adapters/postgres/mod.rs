@@ -18,7 +18,7 @@ use tokio::sync::Mutex;
 
 use self::connect::Hosts;
 use self::error::{after_send, not_connected, text};
-use super::store::{NewEvent, Status, StoreError, clean};
+use super::store::{CLAIM_BYTES, NewEvent, Status, StoreError, clean};
 use crate::machine::{
     Answer, ClaimFailure, ClaimReply, ClaimRequest, DbTime, DestinationKey, Grant, Incarnation, LeaseKey,
     OwnedReply, OwnedRequest, RenewReply, RenewRequest, RowId, Settle, SettleReply, SettleRequest,
@@ -28,9 +28,6 @@ use crate::ports::{Claimed, Message, Outbox};
 
 /// Sent by `enqueue` after a commit, and listened to by workers.
 const CHANNEL: &str = "leasehold_events";
-
-/// How many bytes of payload one claim returns at most.
-pub(super) const CLAIM_BYTES: i64 = 8 * 1024 * 1024;
 
 const CLAIM: &str = include_str!("claim.sql");
 const RENEW: &str = include_str!("renew.sql");

@@ -1,0 +1,313 @@
+//! The claim on SQLite: rules P1, P11 and P13 within one `BEGIN IMMEDIATE`.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use bytes::Bytes;
+use sqlx::sqlite::SqliteRow;
+use sqlx::{Row as _, SqliteConnection};
+
+use super::{INCARNATION, Sqlite, micros, text};
+use crate::adapters::store::CLAIM_BYTES;
+use crate::machine::{
+    ClaimFailure, ClaimReply, ClaimRequest, DbTime, DestinationKey, Grant, Incarnation, LeaseKey, Row, RowId,
+    Token, Unsendable,
+};
+use crate::ports::{Claimed, Message};
+
+const FRESH: &str = "delivery_status = 'pending' and lease_owner is null and reclaims < 3";
+
+/// A row that a claim may take.
+struct Candidate {
+    id: i64,
+    destination: String,
+    probation: bool,
+}
+
+/// What is still free for this claim.
+struct Room {
+    limit: usize,
+    share: u32,
+    shares: BTreeMap<String, u32>,
+    probation: u32,
+    picked: Vec<i64>,
+}
+
+impl Room {
+    fn left(&mut self, destination: &str) -> &mut u32 {
+        self.shares.entry(destination.to_owned()).or_insert(self.share)
+    }
+
+    fn pick(&mut self, candidate: Candidate) {
+        let full = self.picked.len() >= self.limit || (candidate.probation && self.probation == 0);
+        let left = self.left(&candidate.destination);
+        if !full && *left > 0 {
+            *left -= 1;
+            self.probation -= u32::from(candidate.probation);
+            self.picked.push(candidate.id);
+        }
+    }
+
+    fn is_full(&self) -> bool {
+        self.picked.len() >= self.limit
+    }
+}
+
+async fn candidates(
+    connection: &mut SqliteConnection,
+    sql: String,
+    now: i64,
+    limit: i64,
+) -> Result<Vec<Candidate>, sqlx::Error> {
+    let rows = sqlx::query(sqlx::AssertSqlSafe(sql)).bind(now).bind(limit).fetch_all(connection).await?;
+    rows.iter()
+        .map(|row| {
+            Ok(Candidate {
+                id: row.try_get(0)?,
+                destination: row.try_get(1)?,
+                probation: row.try_get::<bool, _>(2)?,
+            })
+        })
+        .collect()
+}
+
+async fn pick(
+    connection: &mut SqliteConnection,
+    request: &ClaimRequest,
+    now: i64,
+    search: bool,
+) -> Result<Vec<i64>, sqlx::Error> {
+    let limit = i64::from(request.limit);
+    let mut room = Room {
+        limit: request.limit as usize,
+        share: request.share,
+        shares: request.shares.iter().map(|(key, room)| (key.as_str().to_owned(), *room)).collect(),
+        probation: request.probation,
+        picked: Vec::new(),
+    };
+    if search {
+        let grace = micros(request.terms.grace);
+        let expired = |probation: bool| {
+            let compared = if probation { ">=" } else { "<" };
+            format!(
+                "select id, destination_key, reclaims + 1 >= 3 from outbox_events where lease_owner is not null
+                 and lease_until + {grace} <= ?1 and next_attempt_at <= ?1 and reclaims + 1 {compared} 3
+                 order by next_attempt_at, id limit ?2"
+            )
+        };
+        for candidate in candidates(connection, expired(false), now, limit).await? {
+            room.pick(candidate);
+        }
+        for candidate in candidates(connection, expired(true), now, i64::from(room.probation)).await? {
+            room.pick(candidate);
+        }
+    }
+    if room.probation > 0 {
+        let sql = "select id, destination_key, 1 from outbox_events where delivery_status = 'pending'
+                   and lease_owner is null and reclaims >= 3 and next_attempt_at <= ?1
+                   order by next_attempt_at, id limit ?2";
+        for candidate in candidates(connection, sql.into(), now, limit).await? {
+            room.pick(candidate);
+        }
+    }
+    let sql = format!(
+        "select id, destination_key, 0 from outbox_events where {FRESH} and next_attempt_at <= ?1
+         order by next_attempt_at, id limit ?2"
+    );
+    let fresh = candidates(connection, sql, now, limit).await?;
+    let cut_off = fresh.len() as i64 == limit;
+    let seen: Vec<i64> = fresh.iter().map(|candidate| candidate.id).collect();
+    for candidate in fresh {
+        room.pick(candidate);
+    }
+    if cut_off && !room.is_full() {
+        reach_past(connection, now, &seen, &mut room).await?;
+    }
+    Ok(room.picked)
+}
+
+/// The front of the queue belongs to destinations that have their share: looks at each destination on its own.
+async fn reach_past(
+    connection: &mut SqliteConnection,
+    now: i64,
+    seen: &[i64],
+    room: &mut Room,
+) -> Result<(), sqlx::Error> {
+    let next = format!(
+        "select destination_key from outbox_events where {FRESH} and destination_key > ? order by destination_key limit 1"
+    );
+    let of = format!(
+        "select id from outbox_events where {FRESH} and destination_key = ? and next_attempt_at <= ?
+         order by next_attempt_at, id limit ?"
+    );
+    let mut destination = String::new();
+    while !room.is_full() {
+        let found: Option<String> = sqlx::query_scalar(sqlx::AssertSqlSafe(next.clone()))
+            .bind(&destination)
+            .fetch_optional(&mut *connection)
+            .await?;
+        let Some(found) = found else { break };
+        destination = found;
+        let left = *room.left(&destination);
+        if left == 0 {
+            continue;
+        }
+        let ids: Vec<i64> = sqlx::query_scalar(sqlx::AssertSqlSafe(of.clone()))
+            .bind(&destination)
+            .bind(now)
+            .bind(i64::from(left) + seen.len() as i64)
+            .fetch_all(&mut *connection)
+            .await?;
+        for id in ids.into_iter().filter(|id| !seen.contains(id)) {
+            room.pick(Candidate { id, destination: destination.clone(), probation: false });
+        }
+    }
+    Ok(())
+}
+
+pub(super) async fn claim(store: &Sqlite, request: &ClaimRequest) -> Result<Claimed, sqlx::Error> {
+    let mut write = store.write(false).await?;
+    let now = write.now;
+    let connection = &mut *write.transaction;
+    let known = request.incarnation.as_ref().is_some_and(|known| known.as_str() == INCARNATION);
+    let search = request.terms.expired && known;
+    let mut reply = ClaimReply {
+        db_now: now,
+        incarnation: Incarnation::new(INCARNATION),
+        searched_expired: search,
+        grants: Vec::new(),
+        failed: Vec::new(),
+        next_due_in: None,
+        any_pending: None,
+    };
+    let mut messages = Vec::new();
+    let mut bytes = 0;
+    for id in pick(connection, request, now.as_micros(), search).await? {
+        let row = sqlx::query(
+            "select *, length(cast(payload as blob)) as bytes, lease_owner is not null as reclaimed
+             from outbox_events where id = ?",
+        )
+        .bind(id)
+        .fetch_one(&mut *connection)
+        .await?;
+        let size = u64::try_from(row.try_get::<i64, _>("bytes")?).unwrap_or(0);
+        let sendable = size <= store.options.max_payload;
+        if sendable && !messages.is_empty() && bytes + size > CLAIM_BYTES.unsigned_abs() {
+            reply.next_due_in = Some(std::time::Duration::ZERO);
+            break;
+        }
+        bytes += if sendable { size } else { 0 };
+        match take(connection, request, now, &row).await? {
+            Err(failure) => reply.failed.push((RowId(id), failure)),
+            Ok(key) => {
+                let (grant, message) = read_event(&row, key, sendable, size);
+                reply.grants.push(grant);
+                messages.push(Arc::new(message));
+            }
+        }
+    }
+    if reply.next_due_in.is_none() && reply.grants.len() + reply.failed.len() < request.limit as usize {
+        let next: Option<i64> = sqlx::query_scalar(sqlx::AssertSqlSafe(format!(
+            "select next_attempt_at from outbox_events where {FRESH} and next_attempt_at > ?
+             order by next_attempt_at limit 1"
+        )))
+        .bind(now.as_micros())
+        .fetch_optional(&mut *connection)
+        .await?;
+        reply.next_due_in = next.map(|next| DbTime::from_micros(next).since(now));
+    }
+    if request.count_pending {
+        let any = sqlx::query_scalar(
+            "select exists (select 1 from outbox_events where delivery_status = 'pending')",
+        );
+        reply.any_pending = Some(any.fetch_one(&mut *connection).await?);
+    }
+    write.transaction.commit().await?;
+    Ok(Claimed { reply, messages })
+}
+
+/// One row: leased under a new token, or failed by the claim.
+async fn take(
+    connection: &mut SqliteConnection,
+    request: &ClaimRequest,
+    now: DbTime,
+    row: &SqliteRow,
+) -> Result<Result<LeaseKey, ClaimFailure>, sqlx::Error> {
+    let number = |name: &str| row.try_get::<i64, _>(name);
+    let (id, attempts, max_attempts) = (number("id")?, number("attempts")?, number("max_attempts")?);
+    let reclaimed: bool = row.try_get("reclaimed")?;
+    let reclaims = number("reclaims")? + i64::from(reclaimed);
+    let token = (number("lease_token")? + 1).max(now.as_millis());
+    let max_attempts = u32::try_from(max_attempts).unwrap_or(u32::MAX);
+    let spent = if attempts >= i64::from(Row::attempt_limit(max_attempts, request.terms.retry_budget)) {
+        Some(ClaimFailure::AttemptsSpent)
+    } else if request.terms.reclaim_limit > 0 && reclaims > i64::from(request.terms.reclaim_limit) {
+        Some(ClaimFailure::ReclaimsSpent)
+    } else {
+        None
+    };
+    let query = match spent {
+        Some(failure) => sqlx::query(
+            "update outbox_events set delivery_status = 'failed', lease_owner = null, lease_until = null,
+                 lease_token = iif(?4, ?3, lease_token), reclaims = ?2, last_error = ?5, updated_at = ?6 where id = ?1",
+        )
+        .bind(id)
+        .bind(reclaims)
+        .bind(token)
+        .bind(reclaimed)
+        .bind(failure.last_error()),
+        None => sqlx::query(
+            "update outbox_events set lease_token = ?3, reclaims = ?2, lease_owner = ?4, lease_until = ?5,
+                 updated_at = ?6 where id = ?1",
+        )
+        .bind(id)
+        .bind(reclaims)
+        .bind(token)
+        .bind(request.owner.as_str().to_owned())
+        .bind(now.after(request.terms.lease).as_micros()),
+    };
+    query.bind(now.as_micros()).execute(connection).await?;
+    Ok(spent.map_or(Ok(LeaseKey { row: RowId(id), token: Token(token) }), Err))
+}
+
+/// Reads one event; what doesn't decode makes this event unsendable and harms no other (rule P6).
+fn read_event(row: &SqliteRow, key: LeaseKey, sendable: bool, bytes: u64) -> (Grant, Message) {
+    let read = || -> Result<(Grant, Message), sqlx::Error> {
+        let number =
+            |name: &str| row.try_get::<i64, _>(name).map(|number| u32::try_from(number).unwrap_or(0));
+        let reclaimed: bool = row.try_get("reclaimed")?;
+        let grant = Grant {
+            key,
+            destination: DestinationKey::new(row.try_get::<String, _>("destination_key")?),
+            attempts: number("attempts")?,
+            max_attempts: number("max_attempts")?,
+            reclaims: number("reclaims")? + u32::from(reclaimed),
+            reclaimed,
+            unsendable: (!sendable).then_some(Unsendable::Oversized { bytes }),
+        };
+        let payload = if sendable { Bytes::from(row.try_get::<String, _>("payload")?) } else { Bytes::new() };
+        let message = Message {
+            event_id: row.try_get("event_id")?,
+            event_type: row.try_get("event_type")?,
+            destination_url: row.try_get("destination_url")?,
+            payload,
+        };
+        Ok((grant, message))
+    };
+    read().unwrap_or_else(|error| {
+        let unsendable = Some(Unsendable::Malformed { error: text(&error) });
+        let destination = DestinationKey::new("malformed");
+        let grant = Grant {
+            key,
+            destination,
+            attempts: 0,
+            max_attempts: 1,
+            reclaims: 0,
+            reclaimed: false,
+            unsendable,
+        };
+        let event_id = row.try_get("event_id").unwrap_or_default();
+        let empty = String::new;
+        (grant, Message { event_id, event_type: empty(), destination_url: empty(), payload: Bytes::new() })
+    })
+}
