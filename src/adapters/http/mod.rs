@@ -23,7 +23,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use http_body_util::Full;
-use hyper::header::{CONTENT_TYPE, HOST, HeaderName, HeaderValue, USER_AGENT};
+use hyper::header::{CONTENT_LENGTH, CONTENT_TYPE, HOST, HeaderName, HeaderValue, USER_AGENT};
 use hyper::http::response::Parts;
 use hyper::{Method, Request};
 use tokio::net::TcpStream;
@@ -236,6 +236,7 @@ impl HttpGateway {
         headers.insert(HOST, value(&HOST, destination.authority.clone())?);
         headers.insert(USER_AGENT, AGENT);
         headers.insert(CONTENT_TYPE, JSON);
+        headers.insert(CONTENT_LENGTH, HeaderValue::from(message.payload.len()));
         let signature = self.signer.sign(&message.event_id, timestamp, &message.payload);
         let id = value(&WEBHOOK_ID, message.event_id)?;
         let event_type = value(&WEBHOOK_EVENT_TYPE, message.event_type)?;
