@@ -8,6 +8,10 @@ extern crate alloc;
 
 #[cfg(feature = "driver")]
 pub mod adapters;
+#[cfg(feature = "bin")]
+pub mod cli;
+#[cfg(feature = "bin")]
+pub mod demo;
 #[cfg(feature = "driver")]
 pub mod driver;
 pub mod machine;

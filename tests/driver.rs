@@ -157,8 +157,11 @@ impl Clock for PausedClock {
     }
 }
 
+/// Observations, and the event id that the log could name.
+type Log = Vec<(Observation, Option<String>)>;
+
 #[derive(Clone, Default)]
-struct Seen(Arc<Mutex<Vec<(Observation, Option<String>)>>>);
+struct Seen(Arc<Mutex<Log>>);
 
 impl Observer for Seen {
     fn observe(&mut self, observation: &Observation, events: &Events) {

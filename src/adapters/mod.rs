@@ -2,6 +2,8 @@
 
 #[cfg(feature = "bin")]
 pub mod clock;
+#[cfg(feature = "http")]
+pub mod http;
 #[cfg(feature = "postgres")]
 pub mod postgres;
 #[cfg(feature = "sqlite")]

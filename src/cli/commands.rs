@@ -1,0 +1,178 @@
+//! The commands, each from its settings to its exit code.
+
+use std::io::{self, IsTerminal, Write};
+use std::process::ExitCode;
+use std::time::Duration;
+
+use anyhow::{Context, bail};
+
+use super::enqueue::{EnqueueLine, EnqueueRules, from_flags, from_ndjson};
+use super::settings::{Origin, Settings};
+use super::store::Store;
+use super::{Command, EXIT_DONE, EXIT_FAILED, EXIT_USAGE, EnqueueArgs, Invocation, run, telemetry};
+use crate::adapters::store::{NewEvent, Status};
+
+/// How often `status --watch` looks.
+const WATCH_EVERY: Duration = Duration::from_secs(1);
+
+/// Does what was asked for.
+///
+/// # Errors
+/// What went wrong at work: exit code 1.
+pub async fn execute(invocation: &Invocation) -> anyhow::Result<ExitCode> {
+    let settings = match invocation.settings() {
+        Some(Ok(settings)) => Some(settings),
+        Some(Err(error)) => {
+            eprintln!("{error}");
+            return Ok(EXIT_USAGE.into());
+        }
+        None => None,
+    };
+    match (&invocation.command, settings) {
+        (Command::Demo { postgres, plain }, _) => {
+            let held = crate::demo::run(*postgres, *plain).await?;
+            Ok(if held { EXIT_DONE } else { EXIT_FAILED }.into())
+        }
+        (_, None) => bail!("this command needs settings"),
+        (Command::Run { until_empty }, Some(settings)) => {
+            telemetry::init(&settings.log).map_err(anyhow::Error::from_boxed).context("starting the log")?;
+            run::run(settings, *until_empty).await
+        }
+        (Command::Migrate, Some(settings)) => {
+            open(&settings).await?.migrate().await?;
+            println!("the outbox is set up");
+            Ok(EXIT_DONE.into())
+        }
+        (Command::Enqueue(args), Some(settings)) => enqueue(args, &settings).await,
+        (Command::Status { json, watch }, Some(settings)) => status(&settings, *json, *watch).await,
+        (Command::Check, Some(settings)) => check(&settings).await,
+    }
+}
+
+async fn open(settings: &Settings) -> anyhow::Result<Store> {
+    let url = settings.database.as_ref().context("database_url is not set")?;
+    Ok(Store::open(url, None, u64::from(settings.max_payload), settings.prepared_statements).await?)
+}
+
+async fn enqueue(args: &EnqueueArgs, settings: &Settings) -> anyhow::Result<ExitCode> {
+    let rules = EnqueueRules { max_attempts: settings.max_attempts, max_payload: settings.max_payload };
+    let lines: Vec<EnqueueLine> = match from_flags(args, rules)? {
+        Some(line) => vec![line],
+        None => {
+            if io::stdin().is_terminal() {
+                eprintln!("reading one JSON object a line from standard input");
+            }
+            from_ndjson(io::stdin().lock(), rules).collect::<Result<_, _>>()?
+        }
+    };
+    let events: Vec<NewEvent> = lines.into_iter().map(NewEvent::from).collect();
+    let ids = open(settings).await?.enqueue(&events).await?;
+    let mut out = io::stdout().lock();
+    for id in ids {
+        writeln!(out, "{id}").context("printing the ids; the events are in the outbox")?;
+    }
+    Ok(EXIT_DONE.into())
+}
+
+impl From<EnqueueLine> for NewEvent {
+    fn from(line: EnqueueLine) -> Self {
+        Self {
+            event_id: line.event_id,
+            event_type: line.event_type,
+            destination_url: line.destination_url,
+            payload: line.payload,
+            max_attempts: Some(line.max_attempts),
+            next_attempt_at: line.next_attempt_at.map(|time| time.as_micros()),
+        }
+    }
+}
+
+async fn status(settings: &Settings, json: bool, watch: bool) -> anyhow::Result<ExitCode> {
+    let store = open(settings).await?;
+    loop {
+        let status = store.status().await?;
+        if json {
+            println!("{}", status_json(&status));
+        } else {
+            println!("{}", status_text(&status));
+        }
+        if !watch {
+            return Ok(EXIT_DONE.into());
+        }
+        tokio::time::sleep(WATCH_EVERY).await;
+    }
+}
+
+fn status_json(status: &Status) -> serde_json::Value {
+    serde_json::json!({
+        "pending": status.pending,
+        "due": status.due,
+        "retrying": status.retrying,
+        "leased": status.leased,
+        "delivered": status.delivered,
+        "failed": status.failed,
+        "oldest_due_age_seconds": status.oldest_due_age_seconds,
+    })
+}
+
+fn status_text(status: &Status) -> String {
+    let age = status.oldest_due_age_seconds.map_or_else(|| "-".to_owned(), |age| format!("{age:.1} s"));
+    format!(
+        "pending {} (due {}, leased {}, retrying {})  delivered {}  failed {}  oldest due {age}",
+        status.pending, status.due, status.leased, status.retrying, status.delivered, status.failed
+    )
+}
+
+/// Says what the settings mean, what to think over, and whether the database fits.
+async fn check(settings: &Settings) -> anyhow::Result<ExitCode> {
+    for (name, value, origin) in &settings.shown {
+        let origin = match origin {
+            Origin::Default => "",
+            Origin::File => "  (file)",
+            Origin::Environment => "  (environment)",
+            Origin::Flag => "  (flag)",
+        };
+        println!("{name:<30} {value}{origin}");
+    }
+    println!();
+    let timing = settings.worker.timing();
+    println!(
+        "a held lease is renewed at the latest every {:?}; a request without renewal is aborted {:?} after it; a dead \
+         worker's events are taken over after {:?}",
+        timing.heartbeat(),
+        timing.lease().saturating_sub(timing.fence_margin()),
+        timing.lease().saturating_add(timing.reclaim_grace())
+    );
+    for warning in warnings(settings) {
+        println!("warning: {warning}");
+    }
+    let store = open(settings).await?;
+    println!("database: {}", store.describe().await?);
+    store.check_schema().await?;
+    println!("schema: up to date");
+    Ok(EXIT_DONE.into())
+}
+
+fn warnings(settings: &Settings) -> Vec<String> {
+    let (timing, limits) = (settings.worker.timing(), settings.worker.limits());
+    let mut warnings = Vec::new();
+    let patience = limits.drain_timeout.saturating_sub(timing.store_timeout() * 2);
+    if settings.http.request_timeout > patience {
+        warnings.push(format!(
+            "request_timeout ({:?}) is longer than drain_timeout less twice store_timeout ({patience:?}): a drain may \
+             have to abort requests",
+            settings.http.request_timeout
+        ));
+    }
+    if settings.http.allow_http {
+        warnings.push("allow_http is on: payloads and signatures travel in the clear".to_owned());
+    }
+    if settings.http.secrets.iter().any(crate::adapters::http::Secret::is_weak) {
+        warnings
+            .push("a signing secret is shorter than the 24 bytes that Standard Webhooks asks for".to_owned());
+    }
+    if settings.admin_addr.is_some() {
+        warnings.push("admin_addr is set, but this version serves nothing there".to_owned());
+    }
+    warnings
+}

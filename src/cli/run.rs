@@ -1,0 +1,118 @@
+//! `leasehold run`: one worker, its signals and its exit code.
+
+use std::future::Future;
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use anyhow::{Context, bail};
+use tokio::signal::unix::{Signal, SignalKind, signal};
+use tracing::{info, warn};
+
+use super::settings::Settings;
+use super::store::Store;
+use crate::adapters::clock::BootClock;
+use crate::adapters::http::HttpGateway;
+use crate::adapters::telemetry::Telemetry;
+use crate::driver::Driver;
+use crate::machine::{Ended, WorkerId};
+use crate::ports::Outbox;
+
+/// A drain that had to abort requests or left outcomes unsettled.
+const DRAINED_BADLY: u8 = 3;
+
+/// File descriptors beside one a request: database, listener, log, runtime.
+const SPARE_DESCRIPTORS: u64 = 64;
+
+/// Runs a worker until it is told to end, or until nothing is pending.
+///
+/// # Errors
+/// When it can't start, or a task of it panicked.
+pub async fn run(mut settings: Settings, until_empty: bool) -> anyhow::Result<ExitCode> {
+    let mut entropy = [0; 16];
+    getrandom::fill(&mut entropy).context("no entropy for the worker id")?;
+    let suffix = &entropy[..8];
+    let suffix: String = suffix.iter().map(|byte| format!("{byte:02x}")).collect();
+    let id = WorkerId::new(format!("{}-{suffix}", settings.worker_name));
+    settings.worker.seed = entropy[8..].iter().fold(0, |seed, byte| seed << 8 | u64::from(*byte));
+    settings.worker.until_empty = until_empty;
+    raise_descriptors(u64::from(settings.worker.limits().max_in_flight) + SPARE_DESCRIPTORS)?;
+
+    let timing = *settings.worker.timing();
+    let url = settings.database.as_ref().context("database_url is not set")?;
+    let store_timeout = Some(timing.store_timeout());
+    let max_payload = u64::from(settings.max_payload);
+    let store = Store::open(url, store_timeout, max_payload, settings.prepared_statements).await?;
+    let gateway = HttpGateway::new(settings.http.clone())?;
+    if let Some(problem) = gateway.tls_problem() {
+        warn!(problem, "https destinations can't be verified");
+    }
+    info!(
+        worker = id.as_str(),
+        lease_ms = timing.lease().as_millis() as u64,
+        heartbeat_ms = timing.heartbeat().as_millis() as u64,
+        "worker started"
+    );
+    // A database that is not there yet is no reason to end: the machine tries again. A missing schema is.
+    if let Err(error @ crate::adapters::store::StoreError::Schema { .. }) = store.check_schema().await {
+        return Err(error.into());
+    }
+    let gateway = Arc::new(gateway);
+    let ended = match store {
+        Store::Postgres(outbox) => drive(outbox, gateway, id.clone(), settings).await?,
+        Store::Sqlite(outbox) => drive(outbox, gateway, id.clone(), settings).await?,
+    };
+    info!(worker = id.as_str(), aborted = ended.aborted, unsettled = ended.unsettled, "worker ended");
+    Ok(if ended == (Ended { aborted: 0, unsettled: 0 }) { ExitCode::SUCCESS } else { DRAINED_BADLY.into() })
+}
+
+async fn drive<O: Outbox>(
+    outbox: O,
+    gateway: Arc<HttpGateway>,
+    id: WorkerId,
+    settings: Settings,
+) -> anyhow::Result<Ended> {
+    let driver = Driver {
+        outbox: Arc::new(outbox),
+        gateway,
+        clock: Arc::new(BootClock),
+        observer: Telemetry::new(id.clone()),
+    };
+    Ok(driver.run(id, settings.worker, shutdown()?).await?)
+}
+
+/// Resolves at the first SIGTERM or SIGINT; the second one ends the process at once.
+fn shutdown() -> anyhow::Result<impl Future<Output = ()>> {
+    let mut term = signal(SignalKind::terminate()).context("listening for SIGTERM")?;
+    let mut int = signal(SignalKind::interrupt()).context("listening for SIGINT")?;
+    Ok(async move {
+        next(&mut term, &mut int).await;
+        tokio::spawn(async move {
+            let number = next(&mut term, &mut int).await;
+            std::process::exit(128 + number);
+        });
+    })
+}
+
+async fn next(term: &mut Signal, int: &mut Signal) -> i32 {
+    tokio::select! {
+        _ = term.recv() => SignalKind::terminate().as_raw_value(),
+        _ = int.recv() => SignalKind::interrupt().as_raw_value(),
+    }
+}
+
+/// Raises the soft limit of open files to what the requests in flight need.
+fn raise_descriptors(needed: u64) -> anyhow::Result<()> {
+    use rustix::process::{Resource, getrlimit, setrlimit};
+    let mut limit = getrlimit(Resource::Nofile);
+    if limit.current.is_none_or(|current| current >= needed) {
+        return Ok(());
+    }
+    if let Some(maximum) = limit.maximum.filter(|maximum| *maximum < needed) {
+        bail!(
+            "max_in_flight needs {needed} file descriptors, but the hard limit is {maximum}: lower max_in_flight or \
+             raise the limit (ulimit -n)"
+        );
+    }
+    limit.current = Some(limit.maximum.unwrap_or(needed));
+    setrlimit(Resource::Nofile, limit).with_context(|| format!("raising the limit of open files to {needed}"))
+}

@@ -1,0 +1,111 @@
+//! The outbox that a URL names, for the commands that don't care which it is.
+
+use std::time::Duration;
+
+use super::settings::{Database, DatabaseUrl};
+use crate::adapters::postgres::{Postgres, PostgresOptions};
+use crate::adapters::sqlite::{Sqlite, SqliteOptions};
+use crate::adapters::store::{NewEvent, Status, StoreError};
+use crate::machine::{LeaseKey, StoreFault, WorkerId};
+
+/// How long a command waits for its database.
+const COMMAND_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// Either store.
+#[derive(Debug)]
+pub enum Store {
+    /// Postgres.
+    Postgres(Postgres),
+    /// SQLite.
+    Sqlite(Sqlite),
+}
+
+impl Store {
+    /// Opens the store of a URL: for a worker with its `store_timeout`, for a command without.
+    ///
+    /// # Errors
+    /// When the URL can't be read, or the SQLite file not opened.
+    pub async fn open(
+        url: &DatabaseUrl,
+        store_timeout: Option<Duration>,
+        max_payload: u64,
+        prepared_statements: bool,
+    ) -> Result<Self, StoreError> {
+        let store_timeout = store_timeout.unwrap_or(COMMAND_TIMEOUT);
+        Ok(match url.database {
+            Database::Postgres => {
+                let options = PostgresOptions { store_timeout, max_payload, prepared_statements };
+                Self::Postgres(Postgres::new(url.expose(), options)?)
+            }
+            Database::Sqlite => Self::Sqlite(
+                Sqlite::open(url.expose(), SqliteOptions::new(store_timeout, max_payload)).await?,
+            ),
+        })
+    }
+
+    /// Applies what is missing of the migrations.
+    ///
+    /// # Errors
+    /// When the database refuses.
+    pub async fn migrate(&self) -> Result<(), StoreError> {
+        match self {
+            Self::Postgres(store) => store.migrate().await,
+            Self::Sqlite(store) => store.migrate().await,
+        }
+    }
+
+    /// Fails with what to do if the schema is missing or too old.
+    ///
+    /// # Errors
+    /// [`StoreError::Schema`], or what kept it from looking.
+    pub async fn check_schema(&self) -> Result<(), StoreError> {
+        match self {
+            Self::Postgres(store) => store.check_schema().await,
+            Self::Sqlite(store) => store.check_schema().await,
+        }
+    }
+
+    /// Inserts events, all or none; returns their ids in order.
+    ///
+    /// # Errors
+    /// When the database refuses any of them.
+    pub async fn enqueue(&self, events: &[NewEvent]) -> Result<Vec<String>, StoreError> {
+        match self {
+            Self::Postgres(store) => store.enqueue(events).await,
+            Self::Sqlite(store) => store.enqueue(events).await,
+        }
+    }
+
+    /// Counts the events.
+    ///
+    /// # Errors
+    /// When the database can't be read or has no schema.
+    pub async fn status(&self) -> Result<Status, StoreError> {
+        match self {
+            Self::Postgres(store) => store.status().await,
+            Self::Sqlite(store) => store.status().await,
+        }
+    }
+
+    /// The leases that the store shows under a worker.
+    ///
+    /// # Errors
+    /// When the database can't be read.
+    pub async fn leases_of(&self, owner: WorkerId) -> Result<Vec<LeaseKey>, StoreFault> {
+        match self {
+            Self::Postgres(store) => store.leases_of(owner).await,
+            Self::Sqlite(store) => store.leases_of(owner).await,
+        }
+    }
+
+    /// What the database is, for `check`.
+    ///
+    /// # Errors
+    /// When it can't be reached.
+    pub async fn describe(&self) -> Result<String, StoreError> {
+        Ok(match self {
+            Self::Postgres(store) => format!("Postgres {}", store.server_version().await?),
+            Self::Sqlite(_) => "SQLite (one host, one writer)".to_owned(),
+        })
+    }
+}

@@ -1,0 +1,124 @@
+//! A private Postgres from the server binaries found on the machine, for `demo --postgres`.
+
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+use std::time::Duration;
+
+use anyhow::{Context, bail};
+use tokio::process::{Child, Command};
+use tokio::time::sleep;
+
+/// A running server; its data lie in the demo's temporary folder.
+pub(super) struct Server {
+    child: Child,
+    url: String,
+}
+
+/// Where server binaries lie: `PATH`, then Debian's and Homebrew's places, newest version first.
+fn find_binaries() -> Option<PathBuf> {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let mut folders: Vec<PathBuf> = std::env::split_paths(&path).collect();
+    for pattern in ["/usr/lib/postgresql", "/usr/local/opt", "/opt/homebrew/opt"] {
+        let mut found: Vec<PathBuf> = std::fs::read_dir(pattern)
+            .into_iter()
+            .flatten()
+            .flatten()
+            .map(|entry| entry.path().join("bin"))
+            .collect();
+        let version = |path: &PathBuf| {
+            let name = path.parent().and_then(Path::file_name).and_then(|name| name.to_str()).unwrap_or("");
+            name.trim_start_matches("postgresql@").parse::<u32>().unwrap_or(0)
+        };
+        found.sort_by_key(|path| std::cmp::Reverse(version(path)));
+        folders.extend(found);
+    }
+    folders.into_iter().find(|folder| folder.join("initdb").is_file() && folder.join("postgres").is_file())
+}
+
+/// Postgres refuses to run as root: then it runs as `postgres`, else as `nobody`.
+fn server_user() -> Option<(u32, u32)> {
+    if !rustix::process::geteuid().is_root() {
+        return None;
+    }
+    let users = std::fs::read_to_string("/etc/passwd").unwrap_or_default();
+    let ids = |name: &str| {
+        let line = users.lines().find(|line| line.split(':').next() == Some(name))?;
+        let mut fields = line.split(':').skip(2);
+        Some((fields.next()?.parse().ok()?, fields.next()?.parse().ok()?))
+    };
+    ids("postgres").or_else(|| ids("nobody"))
+}
+
+fn command(program: &Path, folder: &Path, user: Option<(u32, u32)>) -> Command {
+    let mut command = std::process::Command::new(program);
+    command.current_dir(folder).stdin(Stdio::null()).stdout(Stdio::null());
+    if let Some((uid, gid)) = user {
+        command.uid(uid).gid(gid);
+    }
+    command.into()
+}
+
+/// Makes a cluster and starts it on a Unix socket in `folder`.
+pub(super) async fn start(folder: &Path) -> anyhow::Result<Server> {
+    let binaries = find_binaries().context(
+        "no Postgres server binaries (initdb, postgres) found on PATH or in /usr/lib/postgresql: install them, for \
+         instance with `apt-get install postgresql`, or run the demo without --postgres",
+    )?;
+    let user = server_user();
+    let home = folder.join("postgres");
+    std::fs::create_dir(&home).context("a folder for the private Postgres")?;
+    std::fs::set_permissions(folder, std::fs::Permissions::from_mode(0o755)).context("opening the folder")?;
+    if let Some((uid, gid)) = user {
+        std::os::unix::fs::chown(&home, Some(uid), Some(gid))
+            .context("handing the folder to the server's user")?;
+    }
+    let data = home.join("data");
+    let initdb = command(&binaries.join("initdb"), &home, user)
+        .arg("-D")
+        .arg(&data)
+        .args(["-U", "postgres", "--auth=trust", "-E", "UTF8", "--locale=C", "-N"])
+        .stderr(Stdio::piped())
+        .output()
+        .await
+        .context("initdb could not be run")?;
+    if !initdb.status.success() {
+        bail!("initdb failed: {}", String::from_utf8_lossy(&initdb.stderr).trim());
+    }
+    let log = std::fs::File::create(home.join("log")).context("a log file for the private Postgres")?;
+    let child = command(&binaries.join("postgres"), &home, user)
+        .arg("-D")
+        .arg(&data)
+        .arg("-k")
+        .arg(&home)
+        .args(["-c", "listen_addresses="])
+        .stderr(log)
+        .kill_on_drop(true)
+        .spawn()
+        .context("postgres could not be started")?;
+    let url = format!("postgres://postgres@localhost/postgres?host={}", home.display());
+    for _ in 0..200 {
+        let pid = std::fs::read_to_string(data.join("postmaster.pid")).unwrap_or_default();
+        if pid.lines().nth(7).is_some_and(|line| line.trim() == "ready") {
+            return Ok(Server { child, url });
+        }
+        sleep(Duration::from_millis(50)).await;
+    }
+    let log = std::fs::read_to_string(home.join("log")).unwrap_or_default();
+    bail!("the private Postgres did not become ready: {}", log.trim())
+}
+
+impl Server {
+    pub(super) fn url(&self) -> &str {
+        &self.url
+    }
+
+    /// Fast shutdown (SIGINT), so that nothing of it stays behind.
+    pub(super) async fn stop(mut self) {
+        if let Some(pid) = self.child.id().and_then(|pid| rustix::process::Pid::from_raw(pid.cast_signed())) {
+            let _ = rustix::process::kill_process(pid, rustix::process::Signal::INT);
+            let _ = tokio::time::timeout(Duration::from_secs(10), self.child.wait()).await;
+        }
+    }
+}

@@ -1,0 +1,198 @@
+//! Commands and what bad input gets.
+
+use crate::bed::{Bed, MS, Receiver, SECRET, text, write};
+
+#[tokio::test(flavor = "multi_thread")]
+async fn settings_errors_name_key_value_and_what_is_allowed_all_at_once() {
+    let bed = Bed::unmigrated().await.set(&[
+        ("LEASE", "500ms"),
+        ("RETRY_JITTER_BPS", "10001"),
+        ("MAX_IN_FLIGHT", "none"),
+        ("LAESE", "30s"),
+        ("SIGNING_SECRETS", "whsec_not-base64!"),
+    ]);
+    write(bed.folder.path(), "leasehold.toml", "claim_batch = 0\ncliam_batch = 3\n");
+    let output = bed.leasehold(&["run"], None).await;
+    assert_eq!(output.status.code(), Some(2));
+    let text = text(&output);
+    for [key, value, allowed] in [
+        ["lease", "500ms", "1s"],
+        ["retry_jitter_bps", "10001", "0 to 10000"],
+        ["max_in_flight", "none", "1"],
+        ["claim_batch", "0", "1"],
+    ] {
+        let lower = text.to_lowercase();
+        let line =
+            lower.lines().find(|line| line.contains(key) && line.contains(value) && line.contains(allowed));
+        assert!(line.is_some(), "no line with {key}, {value}, {allowed} in:\n{text}");
+    }
+    for unknown in ["LAESE", "cliam_batch"] {
+        assert!(text.to_lowercase().contains(&unknown.to_lowercase()), "{unknown} is not named in:\n{text}");
+    }
+    assert!(!text.contains("not-base64"), "a secret's value is shown:\n{text}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_timing_rule_is_named_with_its_values() {
+    let bed =
+        Bed::unmigrated().await.set(&[("LEASE", "3s"), ("HEARTBEAT", "2s"), ("STORE_TIMEOUT", "500ms")]);
+    let output = bed.leasehold(&["run"], None).await;
+    assert_eq!(output.status.code(), Some(2));
+    let text = text(&output);
+    for part in ["heartbeat + 2 * store_timeout + fence_margin", "2s", "500ms", "300ms", "3.3s"] {
+        assert!(text.contains(part), "{part} is missing in:\n{text}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn run_without_secrets_or_database_says_what_to_set() {
+    let mut bed = Bed::unmigrated().await;
+    bed.unset("SIGNING_SECRETS");
+    let output = bed.leasehold(&["run"], None).await;
+    assert_eq!(output.status.code(), Some(2));
+    assert!(text(&output).to_lowercase().contains("signing_secrets"), "{}", text(&output));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_database_that_was_not_migrated_is_an_error_that_says_so() {
+    let bed = Bed::unmigrated().await;
+    let output = bed.leasehold(&["status"], None).await;
+    assert_eq!(output.status.code(), Some(1));
+    assert!(text(&output).contains("leasehold migrate"), "{}", text(&output));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn enqueue_takes_ndjson_and_prints_ids_and_status_counts_them() {
+    let bed = Bed::new().await;
+    let input = r#"{"event_id":"a-1","event_type":"t","destination_url":"https://example.com/x","payload":{"a":1}}
+{"event_type":"t","destination_url":"https://example.com/x","payload":[2],"max_attempts":3,"next_attempt_at":"2999-01-01T00:00:00Z"}
+"#;
+    let output = bed.leasehold(&["enqueue"], Some(input)).await;
+    assert!(output.status.success(), "{}", text(&output));
+    let ids = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert_eq!(ids.lines().count(), 2);
+    assert_eq!(ids.lines().next(), Some("a-1"));
+    let output = bed.leasehold(&["status", "--json"], None).await;
+    let status: serde_json::Value = serde_json::from_slice(&output.stdout).expect("JSON");
+    for (name, count) in
+        [("pending", 2), ("due", 1), ("retrying", 0), ("leased", 0), ("delivered", 0), ("failed", 0)]
+    {
+        assert_eq!(status[name], count, "{name} in {status}");
+    }
+    assert!(status["oldest_due_age_seconds"].is_number());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_bad_line_keeps_nothing_of_the_input() {
+    let bed = Bed::new().await;
+    let good = r#"{"event_type":"t","destination_url":"https://example.com/x","payload":{}}"#;
+    for (bad, named) in [
+        (r#"{"event_type":"t","destination_url":"https://example.com/x","payload":{},"colour":1}"#, "colour"),
+        (r#"{"event_type":"t","destination_url":"ftp://example.com/x","payload":{}}"#, "ftp"),
+        (r#"{"event_type":"t","payload":{}}"#, "destination_url"),
+        ("{", "2"),
+    ] {
+        let output = bed.leasehold(&["enqueue"], Some(&format!("{good}\n{bad}\n{good}\n"))).await;
+        assert_eq!(output.status.code(), Some(1), "{bad}");
+        let text = text(&output);
+        assert!(text.contains("line 2") && text.contains(named), "{bad} gave:\n{text}");
+        assert_eq!(bed.count("true").await, 0, "{bad}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn one_event_by_flags_is_delivered() {
+    let bed = Bed::new().await;
+    let receiver = Receiver::start(|_| (MS, 200)).await;
+    let url = receiver.url();
+    let arguments = [
+        "enqueue",
+        "--event-type",
+        "t",
+        "--destination-url",
+        &url,
+        "--payload",
+        "{\"a\": 1}",
+        "--event-id",
+        "one",
+    ];
+    let output = bed.leasehold(&arguments, None).await;
+    assert!(output.status.success(), "{}", text(&output));
+    let mut worker = bed.worker("w", &["--until-empty"]);
+    assert_eq!(worker.end().await, Some(0), "{}", worker.log());
+    assert_eq!(receiver.by_event().keys().collect::<Vec<_>>(), ["one"]);
+    let log = worker.log();
+    assert!(log.contains("cycle") && log.contains("delivered=1"), "one line a cycle:\n{log}");
+    assert!(!log.contains(&SECRET[6..]) && !log.contains("v1,"), "no secret or signature in the log");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn check_shows_what_the_settings_mean_and_no_secret() {
+    let bed = Bed::new().await;
+    let output = bed.leasehold(&["check"], None).await;
+    let text = text(&output);
+    assert!(output.status.success(), "{text}");
+    assert!(text.to_lowercase().contains("lease") && text.contains("30s"), "{text}");
+    assert!(!text.contains(&SECRET[6..]), "{text}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_bad_row_harms_no_other() {
+    let bed = Bed::new().await.set(&[("MAX_PAYLOAD", "1KiB"), ("MAX_ATTEMPTS", "1")]);
+    let receiver = Receiver::start(|_| (MS, 200)).await;
+    bed.insert(&receiver.url(), 3).await;
+    let url = receiver.url();
+    let big = format!("\"{}\"", "x".repeat(2_000));
+    for (url, payload) in [
+        ("not a url", "{}"),
+        ("ftp://example.com/", "{}"),
+        ("http://user:pass@127.0.0.1/", "{}"),
+        (url.as_str(), big.as_str()),
+    ] {
+        sqlx::query(
+            "insert into leasehold.outbox_events (event_type, destination_url, payload, max_attempts)
+             values ('t', $1, $2::jsonb, 1)",
+        )
+        .bind(url)
+        .bind(payload)
+        .execute(&bed.pool)
+        .await
+        .expect("the table takes it");
+    }
+    let mut worker = bed.worker("w", &["--until-empty"]);
+    assert_eq!(worker.end().await, Some(0), "{}", worker.log());
+    assert_eq!(bed.count("delivery_status = 'delivered'").await, 3);
+    assert_eq!(bed.count("delivery_status = 'failed' and attempts = 0 and last_error is not null").await, 3);
+    assert_eq!(
+        bed.count("delivery_status = 'failed' and attempts = 1 and last_error like '%max_payload%'").await,
+        1
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn http_forgotten_and_allowed_later_delivers_everything() {
+    let bed =
+        Bed::new().await.set(&[("ALLOW_HTTP", "false"), ("RETRY_INITIAL", "100ms"), ("RETRY_MAX", "200ms")]);
+    let receiver = Receiver::start(|_| (MS, 200)).await;
+    bed.insert(&receiver.url(), 5).await;
+    let mut worker = bed.worker("strict", &[]);
+    bed.until("attempts >= 2", 5).await;
+    worker.signal(rustix::process::Signal::TERM);
+    worker.end().await;
+    assert!(receiver.seen().is_empty());
+    assert_eq!(bed.count("delivery_status = 'pending' and last_error is not null").await, 5);
+    let bed = bed.set(&[("ALLOW_HTTP", "true")]);
+    let mut worker = bed.worker("open", &["--until-empty"]);
+    assert_eq!(worker.end().await, Some(0), "{}", worker.log());
+    assert_eq!(bed.count("delivery_status = 'delivered'").await, 5);
+}
+
+/// The demo is the README's first command; its verdict is its exit code.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_demo_holds_its_promise() {
+    let bed = Bed::unmigrated().await;
+    let output = bed.leasehold(&["demo", "--plain"], None).await;
+    let text = text(&output);
+    assert_eq!(output.status.code(), Some(0), "{text}");
+    assert!(text.contains("SQLite") && text.contains("THE PROMISE HELD"), "{text}");
+}
