@@ -184,6 +184,14 @@ impl HttpGateway {
         self.tls.as_ref().err().map(String::as_str)
     }
 
+    /// Whether the hex scheme's headers can begin with this.
+    ///
+    /// # Errors
+    /// They can't.
+    pub fn check_hex_prefix(prefix: &str) -> Result<(), HttpSettingsError> {
+        HexHeaders::new(prefix).map(drop)
+    }
+
     async fn attempt(&self, attempt: Attempt) -> Result<Parts, Failure> {
         let destination: Destination = attempt
             .message
