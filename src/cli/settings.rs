@@ -622,22 +622,30 @@ impl Reader<'_> {
                 .map(|name| self.duration(name));
         let status = |text: &str| text.parse().ok().filter(|status| (300..=599).contains(status));
         let fail_statuses = self.list("fail_statuses", "statuses from 300 to 599 with commas", status);
+        let counts = [in_flight, per_destination, claim_batch, reclaim_limit, jitter_bps, budget];
+        let durations = [poll_interval, drain_timeout, initial, max, retry_after_max];
+        let complete = counts.iter().all(Option::is_some) && durations.iter().all(Option::is_some);
+        let (complete, fail_statuses) =
+            (complete && fail_statuses.is_some(), fail_statuses.unwrap_or_default());
+        // What was refused already has a sound stand-in, so that the rest is checked all the same.
+        let hour = Duration::from_secs(3_600);
+        let (in_flight, claim_batch) = (in_flight.unwrap_or(1), claim_batch.unwrap_or(1));
         let limits = Limits {
-            max_in_flight: in_flight?,
-            max_in_flight_per_destination: per_destination?,
-            max_leased: max_leased.ok()?.unwrap_or(in_flight?.saturating_add(claim_batch?)),
-            claim_batch: claim_batch?,
-            poll_interval: poll_interval?,
-            drain_timeout: drain_timeout?,
-            reclaim_limit: reclaim_limit?,
+            max_in_flight: in_flight,
+            max_in_flight_per_destination: per_destination.unwrap_or(1),
+            max_leased: max_leased.ok()?.unwrap_or(in_flight.saturating_add(claim_batch)),
+            claim_batch,
+            poll_interval: poll_interval.unwrap_or(hour),
+            drain_timeout: drain_timeout.unwrap_or(hour),
+            reclaim_limit: reclaim_limit.unwrap_or(0),
         };
         let retry = RetryPolicy {
-            initial: initial?,
-            max: max?,
-            jitter_bps: jitter_bps?.try_into().unwrap_or(u16::MAX),
-            budget: budget?,
-            retry_after_max: retry_after_max?,
-            fail_statuses: BTreeSet::from_iter(fail_statuses?),
+            initial: initial.unwrap_or(Duration::from_millis(1)),
+            max: max.unwrap_or(hour * 24 * 365),
+            jitter_bps: jitter_bps.unwrap_or(0).try_into().unwrap_or(u16::MAX),
+            budget: budget.unwrap_or(0),
+            retry_after_max: retry_after_max.unwrap_or(hour),
+            fail_statuses: BTreeSet::from_iter(fail_statuses),
         };
         // Without a timing the limits are checked all the same, against one that blames none of them.
         let stand_in = || {
@@ -652,7 +660,7 @@ impl Reader<'_> {
         };
         let errors: Vec<LimitError> = match WorkerSettings::parse(timing.or_else(stand_in)?, limits, retry, 0)
         {
-            Ok(settings) => return timing.map(|_| settings),
+            Ok(settings) => return timing.filter(|_| complete).map(|_| settings),
             Err(errors) => errors,
         };
         for error in errors {

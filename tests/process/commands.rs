@@ -18,7 +18,7 @@ async fn settings_errors_name_key_value_and_what_is_allowed_all_at_once() {
     for [key, value, allowed] in [
         ["lease", "500ms", "1s"],
         ["retry_jitter_bps", "10001", "0 to 10000"],
-        ["max_in_flight", "none", "1"],
+        ["max_in_flight", "none", "whole number"],
         ["claim_batch", "0", "1"],
     ] {
         let lower = text.to_lowercase();
