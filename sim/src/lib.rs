@@ -1,1 +1,28 @@
-//! The simulator.
+//! The simulator: seeded schedules of faults against the real worker and row machines, judged by an independent oracle.
+//!
+//! One tier lives here: worker machines and the row machine driven from an event heap in simulated microseconds, with
+//! no async runtime, thousands of seeds a second. A seed and a profile make a [`Schedule`]; a run is a pure function of
+//! the schedule.
+#![forbid(unsafe_code)]
+
+pub mod bugs;
+mod calls;
+mod faults;
+mod generate;
+mod process;
+mod requests;
+mod rng;
+pub mod schedule;
+mod store;
+mod trace;
+mod world;
+
+pub use generate::{generate, profile_of};
+pub use rng::Rng;
+pub use schedule::{Profile, Schedule};
+pub use world::{EPOCH, Options, Outcome, World};
+
+/// Runs a schedule. A panic of the machine is a violation like any other.
+pub fn run(schedule: &Schedule, options: Options) -> Outcome {
+    World::new(schedule, options).run()
+}
