@@ -100,7 +100,7 @@ pub fn generate(seed: u64, profile: Profile) -> Schedule {
         _ => rng.spread(1, 40),
     } as u32;
     let mut settings = vec![make_settings(&mut Rng::new(seed, "settings"), profile, events)];
-    if profile == Profile::Deploy && rng.percent(50) {
+    if rng.percent(if profile == Profile::Deploy { 60 } else { 12 }) {
         settings.push(make_settings(&mut Rng::new(seed, "new settings"), profile, events));
     }
     let lease = settings[0].lease;
@@ -109,6 +109,8 @@ pub fn generate(seed: u64, profile: Profile) -> Schedule {
     let mut workload = Rng::new(seed, "workload");
     let destinations = make_destinations(&mut workload, profile, &settings[0]);
     let events = make_events(&mut workload, profile, events, destinations.len(), heal_at, &settings[0]);
+    let timeout = settings.iter().map(|settings| settings.store_timeout).min().unwrap_or(S);
+    let pace = make_pace(&mut Rng::new(seed, "pace of things"), profile, lease, timeout);
     let mut schedule = Schedule {
         seed,
         profile,
@@ -116,7 +118,7 @@ pub fn generate(seed: u64, profile: Profile) -> Schedule {
         slots,
         destinations,
         events,
-        pace: make_pace(&mut Rng::new(seed, "pace of things"), profile, lease),
+        pace,
         faults: Vec::new(),
         heal_at,
     };
@@ -152,7 +154,7 @@ fn make_settings(rng: &mut Rng, profile: Profile, events: u32) -> Settings {
         max_in_flight_per_destination: if roomy { events.max(1) * 2 } else { rng.within(1, 4) as u32 },
         max_leased: if roomy { events.max(1) * 4 } else { rng.within(1, 16) as u32 },
         claim_batch: if roomy { events.max(1) * 2 } else { rng.within(1, 8) as u32 },
-        poll_interval: rng.spread(20 * MS, S),
+        poll_interval: rng.spread(lease / 30, lease / 4),
         drain_timeout: drain,
         request_timeout: rng.within(lease / 4, 3 * lease),
         reclaim_limit: if profile == Profile::Poison || rng.percent(30) { rng.within(4, 8) as u32 } else { 100 },
@@ -245,6 +247,7 @@ fn make_events(
         destination: rng.below(destinations as u64) as u16,
         max_attempts: *rng.pick(&[1, 2, 3, 5, 8]),
         delay: if rng.percent(10) { rng.below(2 * S) } else { 0 },
+        attempts: if rng.percent(3) { rng.within(1, 6) as u32 } else { 0 },
         kills: if poison == Some(event) { if rng.percent(70) { u32::MAX } else { rng.within(1, 4) as u32 } } else { 0 },
         cursed: cursed == Some(event),
     };
@@ -253,12 +256,13 @@ fn make_events(
     plans
 }
 
-fn make_pace(rng: &mut Rng, profile: Profile, lease: u64) -> Pace {
-    let network = rng.spread(20, 5 * MS);
+/// Without faults a round trip takes less than half of `R`.
+fn make_pace(rng: &mut Rng, profile: Profile, lease: u64, timeout: u64) -> Pace {
+    let network = rng.spread(20, (timeout / 8).min(5 * MS));
     let close = if profile == Profile::Calm { MS } else { rng.spread(10, lease / 40) };
     Pace {
         network: (network / 2, network),
-        commit: (50, rng.spread(100, 10 * MS)),
+        commit: (20, rng.spread(40, (timeout / 5).min(10 * MS))),
         connect: rng.spread(100, 50 * MS),
         close,
     }

@@ -238,8 +238,10 @@ pub struct EventPlan {
     pub destination: u16,
     /// The row's limit.
     pub max_attempts: u32,
-    /// The row's settled tries when it is moved in from an older table.
+    /// How long after that it is due.
     pub delay: u64,
+    /// The row's settled tries: more than none if it is moved in from an older table.
+    pub attempts: u32,
     /// How many requests for it kill their worker.
     pub kills: u32,
     /// The store refuses every settle of it but releases.

@@ -10,6 +10,7 @@ use sim_oracle::{DbClockModel, Fact};
 use std::time::Duration;
 
 use crate::bugs::Bug;
+use crate::schedule::EventPlan;
 
 /// Who has a row locked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -145,10 +146,11 @@ impl Store {
     }
 
     /// A producer's commit.
-    pub fn insert(&mut self, now: u64, destination: u16, max_attempts: u32, delay: u64, cursed: bool) -> i64 {
-        let due = self.db(now).after(Duration::from_micros(delay));
+    pub fn insert(&mut self, now: u64, plan: &EventPlan) -> i64 {
+        let due = self.db(now).after(Duration::from_micros(plan.delay));
         let row = self.rows.len() as u32;
-        self.rows.push(Row::new(max_attempts, due));
+        self.rows.push(Row { attempts: plan.attempts, ..Row::new(plan.max_attempts, due) });
+        let EventPlan { destination, cursed, .. } = *plan;
         self.meta.push(Meta { destination, lock: Lock::Free, cursed, exists: true });
         self.pending.push(row);
         if let Some(history) = &mut self.history {

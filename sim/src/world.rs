@@ -308,10 +308,11 @@ impl<'a> World<'a> {
         // An event is a row: numbered in the order of its commit.
         let plan = self.schedule.events[event as usize];
         self.produced += 1;
-        let due = self.store.insert(self.now, plan.destination, plan.max_attempts, plan.delay, plan.cursed);
+        let due = self.store.insert(self.now, &plan);
         self.emit(Fact::EventCommitted {
             event,
             destination: plan.destination,
+            attempts: plan.attempts,
             max_attempts: plan.max_attempts,
             due,
             poison: plan.kills > 0 || plan.cursed,

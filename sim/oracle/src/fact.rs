@@ -106,7 +106,7 @@ pub enum Status {
 #[allow(missing_docs, reason = "the fields are named after the words of the design")]
 pub enum Fact {
     /// A producer's insert committed.
-    EventCommitted { event: u32, destination: u16, max_attempts: u32, due: DbMicros, poison: bool },
+    EventCommitted { event: u32, destination: u16, attempts: u32, max_attempts: u32, due: DbMicros, poison: bool },
     /// A worker process started; its own clock shows `local` now and gains `ppm`.
     WorkerUp { worker: u32, slot: u16, terms: u16, local: i64, ppm: i32 },
     /// A worker process was stopped (its clock is another matter).

@@ -56,6 +56,8 @@ pub(crate) struct Event {
     /// Run-outs whose holder was not killed by a poison event.
     pub(crate) other_run_outs: u32,
     pub(crate) owners: u32,
+    /// Its last settle committed after the client had given it up.
+    pub(crate) ended_late: bool,
     pub(crate) locked_since: Option<Micros>,
     /// When a lock that was held for long was let go, and for how long it had been held.
     pub(crate) long_lock: (Micros, u64),

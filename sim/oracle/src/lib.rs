@@ -120,8 +120,8 @@ impl Oracle {
         self.now = at;
         self.stats.facts += 1;
         match *fact {
-            Fact::EventCommitted { event, destination, max_attempts, due, poison } => {
-                self.event_committed(event, destination, max_attempts, due, poison);
+            Fact::EventCommitted { event, destination, attempts, max_attempts, due, poison } => {
+                self.event_committed(event, destination, (attempts, max_attempts), due, poison);
                 Ok(())
             }
             Fact::WorkerUp { worker, terms, local, ppm, .. } => self.worker_up(worker, terms, local, ppm),
@@ -153,6 +153,7 @@ impl Oracle {
             Fact::SettleImpossible { worker, event, token } => {
                 if let Some(lease) = self.find(event, worker, token) {
                     self.leases[lease as usize].impossible = true;
+                    self.workers[worker as usize].unsure = true;
                 }
                 Ok(())
             }

@@ -30,14 +30,21 @@ pub(crate) struct Guarded {
 const PROBATION: u32 = 3;
 
 impl Oracle {
-    pub(crate) fn event_committed(&mut self, id: u32, destination: u16, max_attempts: u32, due: DbMicros, poison: bool) {
+    pub(crate) fn event_committed(
+        &mut self,
+        id: u32,
+        destination: u16,
+        (attempts, max_attempts): (u32, u32),
+        due: DbMicros,
+        poison: bool,
+    ) {
         debug_assert_eq!(id as usize, self.events.len(), "events are numbered in order");
         self.pending += 1;
         self.events.push(Event {
             exists: true,
             status: Status::Pending,
             destination,
-            attempts: 0,
+            attempts,
             max_attempts,
             due,
             reclaims: 0,
@@ -51,6 +58,7 @@ impl Oracle {
             poison,
             other_run_outs: 0,
             owners: 0,
+            ended_late: false,
             locked_since: None,
             long_lock: (0, 0),
             freed_at: self.now,
@@ -180,7 +188,9 @@ impl Oracle {
             "a claim of event {event} gave {} us instead of L",
             until - late
         );
-        ensure!(self, S5, token > book.top_token, "event {event} got token {token} after {}", book.top_token);
+        // A lost number comes again only if the clock went back as well.
+        let again = self.last_loss.is_some() && self.db.stepped_since(1) > 0 && token > book.token;
+        ensure!(self, S5, token > book.top_token || again, "event {event} got token {token} after {}", book.top_token);
         let limit = terms.tries(book.max_attempts);
         ensure!(self, S6, book.attempts < limit, "event {event} was leased with {} of {limit} tries spent", book.attempts);
         if book.reclaims >= PROBATION {
@@ -206,7 +216,7 @@ impl Oracle {
         let another = book.last == NONE || self.leases[book.last as usize].worker != worker;
         let book = &mut self.events[event as usize];
         book.last = lease;
-        (book.token, book.top_token) = (token, token);
+        (book.token, book.top_token) = (token, book.top_token.max(token));
         book.owners += u32::from(another);
         if book.owners == 3 {
             self.stats.saw(Sometimes::ThreeOwners);
@@ -361,7 +371,13 @@ impl Oracle {
         self.guard(write)?;
         match answer {
             Answer::Applied => {}
-            Answer::Ended => return Ok(self.stats.saw(Sometimes::SettleRepeated)),
+            Answer::Ended => {
+                self.stats.saw(Sometimes::SettleRepeated);
+                if self.events[event as usize].ended_late {
+                    self.stats.saw(Sometimes::LateCommitSeen);
+                }
+                return Ok(());
+            }
             Answer::Skipped => return Ok(self.stats.saw(Sometimes::SettleSkipped)),
             Answer::Refused => {
                 self.stats.saw(Sometimes::StaleSettleRefused);
@@ -375,6 +391,7 @@ impl Oracle {
             self.stats.saw(Sometimes::SettledExpired);
         }
         self.note_lock(event, locked);
+        self.events[event as usize].ended_late = self.calls[call as usize].over;
         let lease = self.events[event as usize].lease;
         self.lease_over(lease, None);
         self.unlease(event);
@@ -453,7 +470,14 @@ impl Oracle {
                 return self.delay(call, lease, tries, end, delay);
             }
             Settle::Release(_) => {
-                ensure!(self, S6, end == End::Closed, "event {event} was given back, but its request ended with {end:?}");
+                // A lost settle leaves a lease that its holder does not know any more.
+                let forgotten = self.last_loss.is_some_and(|at| at >= book.claimed_at);
+                ensure!(
+                    self,
+                    S6,
+                    end == End::Closed || forgotten,
+                    "event {event} was given back, but its request ended with {end:?}"
+                );
             }
         }
         Ok(())
@@ -470,7 +494,7 @@ impl Oracle {
         }
         self.stats.checked[Invariant::S6 as usize] += 1;
         let passed = u64::try_from(call.sent_local - book.known).unwrap_or(0);
-        let known_at = self.now - (self.now - call.sent) - passed;
+        let known_at = call.sent - passed;
         let (mut least, mut most) = terms.delay_bounds(tries);
         let asked = match end {
             End::Status(429 | 503, Some(RetryAfter::Delay(asked))) => asked,
