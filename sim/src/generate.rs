@@ -135,8 +135,9 @@ fn make_settings(rng: &mut Rng, profile: Profile, events: u32) -> Settings {
         (lease / 3, (lease / 6).min(5 * S), lease / 10, lease / 10);
     let edge = profile == Profile::Edge;
     if edge || rng.percent(30) {
-        timeout = rng.spread(MS, (lease / 4).min(5 * S));
-        margin = rng.spread(MS, lease / 5);
+        let tiny = if edge && rng.percent(10) { MS } else { lease / 60 };
+        timeout = rng.spread(tiny, (lease / 4).min(5 * S));
+        margin = rng.spread(tiny, lease / 5);
         let most = lease - 2 * timeout - margin;
         heartbeat = if edge && rng.percent(70) { most } else { rng.within(100 * MS, most) };
         grace = if rng.percent(25) { 0 } else { rng.spread(1, lease / 2) };
@@ -363,7 +364,8 @@ fn signed(rng: &mut Rng, most: u64) -> i64 {
 
 fn add(class: Class, schedule: &Schedule, rng: &mut Rng, faults: &mut Vec<Timed>) {
     let settings = &schedule.settings[0];
-    let (lease, timeout, grace) = (settings.lease, settings.store_timeout, settings.reclaim_grace);
+    let (lease, grace) = (settings.lease, settings.reclaim_grace);
+    let timeout = schedule.settings.iter().map(|settings| settings.store_timeout).min().unwrap_or(S);
     let slot = rng.below(schedule.slots.len() as u64) as usize;
     let at = rng.below(schedule.heal_at * 9 / 10);
     let lasts = duration(rng, settings).min(schedule.heal_at - at);

@@ -7,7 +7,7 @@ fn main() {
         let schedule = sim::generate(from, sim::profile_of(from));
         println!("{:#?}", schedule);
         let outcome = sim::run(&schedule, sim::Options { keep: true, ..Default::default() });
-        for (at, fact) in outcome.facts.iter().take(2000) {
+        for (at, fact) in outcome.facts.iter().take(200000) {
             println!("{:>12.6} {fact:?}", *at as f64 / 1e6);
         }
         println!("{:?}", outcome.violation);

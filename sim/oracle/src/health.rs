@@ -36,6 +36,7 @@ impl Oracle {
         excuses.add(Excuse::DbStepped, self.db.stepped_since(since) > grace);
         excuses.add(Excuse::CommitLost, self.last_loss.is_some_and(|at| at >= lease.claimed_at));
         excuses.add(Excuse::Draining, holder.drain_began.is_some());
+        excuses.add(Excuse::BornDead, lease.born_dead);
         excuses.add(Excuse::Impossible, lease.impossible);
         excuses
     }

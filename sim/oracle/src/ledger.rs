@@ -28,6 +28,7 @@ pub(crate) struct Lease {
     /// The holder's clock when it learnt the end.
     pub(crate) known: i64,
     pub(crate) impossible: bool,
+    pub(crate) born_dead: bool,
     /// The event's lease before this one.
     pub(crate) before: u32,
 }

@@ -211,6 +211,7 @@ impl Oracle {
             end: None,
             known: UNKNOWN,
             impossible: false,
+            born_dead: until <= self.db.at(self.now),
             before: book.last,
         });
         let another = book.last == NONE || self.leases[book.last as usize].worker != worker;

@@ -84,6 +84,8 @@ named! {
         CommitLost = "confirmed commit lost",
         /// The holder was draining.
         Draining = "holder draining",
+        /// The claim's own commit came only after the lease that it grants had run out: nobody ever held it.
+        BornDead = "claim committed after its lease had run out",
         /// The store refused the outcome for good.
         Impossible = "outcome refused for good",
     }
