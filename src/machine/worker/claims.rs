@@ -159,9 +159,14 @@ impl Worker {
             Ok(reply) => self.take(&under_way, reply),
             Err(fault) => {
                 if let StoreFault::Unknown { .. } = fault {
-                    // **P7**: at once, and again for a commit that comes late.
+                    // **P7**: at once, and again for a commit that comes late: the last time but one while what was
+                    // granted can still be given back before it runs out.
                     let timing = *self.timing();
-                    self.claims.owned_at = [timing.lease(), timing.store_timeout(), Duration::ZERO]
+                    let (lease, timeout) = (timing.lease(), timing.store_timeout());
+                    let passed = self.now.since(under_way.sent);
+                    let in_time =
+                        lease.saturating_sub(passed + timeout * 2 + timing.fence_margin()).max(timeout);
+                    self.claims.owned_at = [lease, in_time, timeout, Duration::ZERO]
                         .map(|wait| self.now.after(wait))
                         .into();
                 }
