@@ -80,7 +80,8 @@ impl World<'_> {
         if self.kills[event as usize] > 0 {
             self.kills[event as usize] -= 1;
             let delay = self.pace.below(20_000);
-            self.after(delay, Happening::Kill(worker, event));
+            // No answer: an outcome that is settled first would take the event off probation.
+            return self.after(delay, Happening::Kill(worker, event));
         }
         let soon = self.pace.within(500, 20_000);
         let (delay, end) = match manner {

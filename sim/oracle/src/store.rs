@@ -211,7 +211,7 @@ impl Oracle {
             end: None,
             known: UNKNOWN,
             impossible: false,
-            born_dead: until <= self.db.at(self.now),
+            born_dead: until <= self.db.at(self.now) + (2 * terms.store_timeout + terms.fence_margin) as i64,
             before: book.last,
         });
         let another = book.last == NONE || self.leases[book.last as usize].worker != worker;
@@ -561,7 +561,7 @@ impl Oracle {
         };
         self.stats.checked[Invariant::L2 as usize] += 1;
         let overdue = u64::try_from(self.db.at(self.now) - event.until).unwrap_or(0);
-        let ran_out = self.now - overdue + terms.reclaim_grace;
+        let ran_out = self.now.saturating_sub(overdue) + terms.reclaim_grace;
         let longest = self.terms.iter().map(|terms| terms.search_interval()).max().unwrap_or(0);
         let bound = ran_out.max(ready + terms.lease) + longest + 4 * terms.store_timeout;
         ensure!(

@@ -84,8 +84,8 @@ named! {
         CommitLost = "confirmed commit lost",
         /// The holder was draining.
         Draining = "holder draining",
-        /// The claim's own commit came only after the lease that it grants had run out: nobody ever held it.
-        BornDead = "claim committed after its lease had run out",
+        /// The claim's own commit came when its lease had no more than `2R + M` to run: too late to be given back.
+        BornDead = "claim committed as its lease ran out",
         /// The store refused the outcome for good.
         Impossible = "outcome refused for good",
     }
