@@ -8,6 +8,8 @@ extern crate alloc;
 
 #[cfg(feature = "driver")]
 pub mod adapters;
+#[cfg(feature = "driver")]
+pub mod driver;
 pub mod machine;
 #[cfg(feature = "driver")]
 pub mod ports;

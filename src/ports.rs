@@ -4,6 +4,7 @@
 //! carry them over its own wire.
 
 use std::future::Future;
+use std::sync::Arc;
 
 use bytes::Bytes;
 
@@ -41,7 +42,7 @@ pub struct Claimed {
     /// What the machine decides on.
     pub reply: ClaimReply,
     /// One message a grant of `reply.grants`.
-    pub messages: Vec<Message>,
+    pub messages: Vec<Arc<Message>>,
 }
 
 /// The store of events.
@@ -71,7 +72,7 @@ pub struct Attempt {
     /// Unix seconds for `webhook-timestamp`: the database's time carried forward (design section 6).
     pub timestamp: i64,
     /// What to send.
-    pub message: Message,
+    pub message: Arc<Message>,
 }
 
 /// The way to the destinations.

@@ -7,6 +7,7 @@
 
 pub mod bugs;
 mod calls;
+pub mod check;
 mod faults;
 mod generate;
 mod process;

@@ -10,7 +10,7 @@ use super::row::{Answer, ClaimFailure, ClaimTerms, Settle};
 use super::time::{DbTime, Moment};
 
 /// A store call that brought no reply. Never a reason to infer that nothing was done, except `NotApplied`.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum StoreFault {
     /// Timed out or the connection broke: it may have been applied, and its commit may still come (rule P7).
     Unknown {
@@ -50,7 +50,7 @@ impl fmt::Display for StoreFault {
 }
 
 /// One claim (rules P1, P10, P11, P13).
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct ClaimRequest {
     /// Who claims.
     pub owner: WorkerId,
@@ -71,7 +71,7 @@ pub struct ClaimRequest {
 }
 
 /// One event that was claimed, as far as the machine needs to know it.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Grant {
     /// The lease.
     pub key: LeaseKey,
@@ -90,7 +90,7 @@ pub struct Grant {
 }
 
 /// Why a claimed event has no sendable message.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum Unsendable {
     /// The payload is larger than `MAX_PAYLOAD`: a failed attempt, since the setting may change.
     Oversized {
@@ -105,7 +105,7 @@ pub enum Unsendable {
 }
 
 /// The reply to a claim.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct ClaimReply {
     /// The database's late clock.
     pub db_now: DbTime,
@@ -124,7 +124,7 @@ pub struct ClaimReply {
 }
 
 /// One renewal (rule P5).
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct RenewRequest {
     /// Who renews.
     pub owner: WorkerId,
@@ -137,7 +137,7 @@ pub struct RenewRequest {
 }
 
 /// The reply to a renewal: one answer a lease.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct RenewReply {
     /// The database's late clock.
     pub db_now: DbTime,
@@ -146,7 +146,7 @@ pub struct RenewReply {
 }
 
 /// One batch of outcomes (rule P6).
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct SettleRequest {
     /// Who settles.
     pub owner: WorkerId,
@@ -155,7 +155,7 @@ pub struct SettleRequest {
 }
 
 /// The reply to a batch of outcomes: one answer a lease.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct SettleReply {
     /// The database's late clock.
     pub db_now: DbTime,
@@ -164,14 +164,14 @@ pub struct SettleReply {
 }
 
 /// Asks for what the store shows under an owner (rule P7).
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct OwnedRequest {
     /// Whose leases.
     pub owner: WorkerId,
 }
 
 /// The leases that the store shows under the owner.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct OwnedReply {
     /// The database's late clock.
     pub db_now: DbTime,
@@ -180,7 +180,7 @@ pub struct OwnedReply {
 }
 
 /// How a request ended, mapped by the gateway. What it means is decided by the machine.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum AttemptResult {
     /// A status line came.
     Responded {
@@ -203,7 +203,7 @@ pub enum AttemptResult {
 }
 
 /// A parsed `Retry-After` (RFC 9110, section 10.2.3).
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum RetryAfter {
     /// Delay seconds, or a date taken relative to the response's own `Date`.
     Delay(Duration),
@@ -212,7 +212,7 @@ pub enum RetryAfter {
 }
 
 /// What the worker machine is told. A reply names the request that it answers.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum Input {
     /// A timer, due or spurious.
     Wake,
@@ -263,7 +263,7 @@ pub enum Input {
 }
 
 /// What the worker machine wants done.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum Action {
     /// Ask the outbox for events.
     Claim(RequestId, ClaimRequest),
@@ -297,7 +297,7 @@ pub enum Action {
 }
 
 /// Which store call.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum StoreCall {
     /// [`Action::Claim`].
     Claim,
@@ -310,7 +310,7 @@ pub enum StoreCall {
 }
 
 /// Why a lease's heartbeat ended.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum HeartbeatEnd {
     /// Its outcome was settled.
     Settled,
@@ -325,7 +325,7 @@ pub enum HeartbeatEnd {
 }
 
 /// What a settle was about, without its texts.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum SettleKind {
     /// `delivered`.
     Delivered,
@@ -349,7 +349,7 @@ impl From<&Settle> for SettleKind {
 }
 
 /// What became of one claim's events: the one log line a cycle.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct CycleSummary {
     /// Events granted.
     pub claimed: u32,
@@ -372,7 +372,7 @@ pub struct CycleSummary {
 }
 
 /// Why no expired lease is taken for one `L` (rule P10).
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum EmbargoCause {
     /// Store calls had failed for `H` or longer.
     Outage,
@@ -381,7 +381,7 @@ pub enum EmbargoCause {
 }
 
 /// What is worth logging or counting. Dropping observations changes nothing.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum Observation {
     /// A cycle with at least one event ended.
     Cycle(CycleSummary),

@@ -14,7 +14,7 @@ use super::settings::RetryPolicy;
 use super::time::{DbTime, micros};
 
 /// What the result of an attempt means. Delays count from when the result was known.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum Verdict {
     /// 2xx.
     Delivered {
@@ -42,7 +42,7 @@ pub enum Verdict {
 }
 
 /// The event and the attempt whose result is judged.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Judged {
     /// Which event: keys the jitter.
     pub row: RowId,

@@ -20,7 +20,7 @@ use super::time::{DbClock, DbTime};
 pub const PROBATION_RECLAIMS: u32 = 3;
 
 /// Delivery status, as in the column `delivery_status`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Status {
     /// Not yet terminal; leased or not.
     Pending,
@@ -31,7 +31,7 @@ pub enum Status {
 }
 
 /// The lease columns of a row. Owner and until are both set or both null.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Lease {
     /// `lease_owner`.
     pub owner: WorkerId,
@@ -40,7 +40,7 @@ pub struct Lease {
 }
 
 /// One outbox row, without what no transition reads.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Row {
     /// `delivery_status`.
     pub status: Status,
@@ -65,7 +65,7 @@ pub struct Row {
 }
 
 /// What a claim needs to know besides its owner.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct ClaimTerms {
     /// `L`.
     pub lease: Duration,
@@ -80,7 +80,7 @@ pub struct ClaimTerms {
 }
 
 /// What a claim did to one row.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum ClaimAnswer {
     /// Not eligible; nothing changed.
     NotEligible,
@@ -96,7 +96,7 @@ pub enum ClaimAnswer {
 }
 
 /// Why a claim failed an event (rules P1 and P11).
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum ClaimFailure {
     /// `attempts` has reached the limit.
     AttemptsSpent,
@@ -117,7 +117,7 @@ impl ClaimFailure {
 }
 
 /// The answer to a renew or settle of one lease (rule P2).
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Answer {
     /// The guard matched and the change was made.
     Applied,
@@ -130,7 +130,7 @@ pub enum Answer {
 }
 
 /// With what a lease is settled.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum Settle {
     /// A destination answered 2xx.
     Delivered {

@@ -6,7 +6,7 @@ use core::fmt;
 use core::time::Duration;
 
 /// The lease timings of rule section 2. Accepted only if `H + 2R + M <= L`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Timing {
     lease: Duration,
     heartbeat: Duration,
@@ -16,7 +16,7 @@ pub struct Timing {
 }
 
 /// Timings as given; what is `None` takes its default from the lease.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct RawTiming {
     /// `L`, at least 1 s.
     pub lease: Duration,
@@ -31,7 +31,7 @@ pub struct RawTiming {
 }
 
 /// Why timings were refused. The message names the values and the rule.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum TimingError {
     /// The lease is shorter than 1 s or longer than a day.
     Lease(Duration),
@@ -140,7 +140,7 @@ impl Timing {
 }
 
 /// How much one worker takes on (rule P13), and its pace.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Limits {
     /// Open requests, at least 1.
     pub max_in_flight: u32,
@@ -159,7 +159,7 @@ pub struct Limits {
 }
 
 /// Retry semantics (design section 3). Integers only.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct RetryPolicy {
     /// Delay after the first failed attempt.
     pub initial: Duration,
@@ -176,7 +176,7 @@ pub struct RetryPolicy {
 }
 
 /// All that a worker machine is built from.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct WorkerSettings {
     timing: Timing,
     limits: Limits,
@@ -188,7 +188,7 @@ pub struct WorkerSettings {
 }
 
 /// Why limits or the retry policy were refused.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum LimitError {
     /// A count that must be at least 1.
     Zero(&'static str),

@@ -81,7 +81,7 @@ impl DbTime {
 
 /// Both readings of the database's clock that a statement uses (rule P1): compare with `early` (statement start,
 /// stable), grant with `late` (read after the row lock), so that every error falls on the safe side.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct DbClock {
     /// The statement's start.
     pub early: DbTime,

@@ -14,7 +14,7 @@ use super::super::row::{ClaimTerms, PROBATION_RECLAIMS};
 use super::super::time::Moment;
 use super::{Cycle, Heartbeat, Held, Outcome, Phase, Worker};
 
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 struct UnderWay {
     request: RequestId,
     sent: Moment,
@@ -23,7 +23,7 @@ struct UnderWay {
 }
 
 /// When to claim, and whether expired leases may be among it.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(super) struct Claims {
     under_way: Option<UnderWay>,
     /// The next poll.

@@ -8,7 +8,7 @@ use super::super::time::Moment;
 use super::{Aborting, Ended, Phase, Worker};
 
 /// A drain under way.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(super) struct Drain {
     abort_at: Moment,
     end_at: Moment,

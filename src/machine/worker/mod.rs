@@ -33,7 +33,7 @@ use super::time::{DbTime, Moment};
 const STATEMENT_MAX: usize = 1_000;
 
 /// How a worker ended.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Ended {
     /// Requests that the drain had to abort.
     pub aborted: u32,
@@ -42,7 +42,7 @@ pub struct Ended {
 }
 
 /// Why an open request is being aborted.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 enum Aborting {
     Fenced,
     Lost,
@@ -50,7 +50,7 @@ enum Aborting {
 }
 
 /// What is to be written for a lease. The delay of a retry or release is fixed as the moment at which it ends.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 enum Outcome {
     Delivered { status: u16 },
     Retry { due: Moment, error: String, status: Option<u16> },
@@ -91,7 +91,7 @@ impl Outcome {
     }
 }
 
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 enum Phase {
     /// Waits for its turn; `seq` is its place in the destination's queue.
     Queued { seq: u64 },
@@ -106,7 +106,7 @@ enum Phase {
 }
 
 /// Whether and how a lease is renewed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 enum Heartbeat {
     /// In the batched statements; skipped that many times in a row.
     Batched { skips: u8 },
@@ -117,7 +117,7 @@ enum Heartbeat {
 }
 
 /// One lease as this worker believes in it.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 struct Held {
     /// The claim that granted it; an orphan has none.
     cycle: Option<RequestId>,
@@ -132,7 +132,7 @@ struct Held {
 }
 
 /// A destination key of which leases are held (rule P13).
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
 struct Destination {
     held: u32,
     open: u32,
@@ -143,7 +143,7 @@ struct Destination {
     hungry: bool,
 }
 
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 struct Cycle {
     sent: Moment,
     outstanding: u32,
@@ -151,7 +151,7 @@ struct Cycle {
 }
 
 /// The database's clock as last seen.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 struct DbReading {
     sent: Moment,
     received: Moment,
@@ -159,14 +159,14 @@ struct DbReading {
 }
 
 /// A run of store calls that failed.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 struct Outage {
     first_sent: Moment,
     last_failed: Moment,
 }
 
 /// One worker's decisions. See the module's documentation for the contract.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Worker {
     id: WorkerId,
     settings: WorkerSettings,

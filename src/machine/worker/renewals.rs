@@ -11,7 +11,7 @@ use super::super::time::Moment;
 use super::{Heartbeat, Held, Phase, STATEMENT_MAX, Worker};
 
 /// One renewal statement under way.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 struct UnderWay {
     request: RequestId,
     sent: Moment,
@@ -19,7 +19,7 @@ struct UnderWay {
 }
 
 /// Renewals under way: one batched statement, and beside it at most one that waits for a locked row.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
 pub(super) struct Renewals {
     batch: Option<UnderWay>,
     failures: u32,

@@ -11,7 +11,7 @@ use super::super::row::Answer;
 use super::super::time::Moment;
 use super::{Held, Outcome, Phase, STATEMENT_MAX, Worker};
 
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 struct UnderWay {
     request: RequestId,
     sent: Moment,
@@ -19,7 +19,7 @@ struct UnderWay {
 }
 
 /// Outcomes on their way into the store: one batch at a time holds all that gathered while the last was under way.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
 pub(super) struct Settles {
     ready: VecDeque<LeaseKey>,
     /// Halves of a batch that the store refused for good, until the one bad outcome is alone.

@@ -1,0 +1,157 @@
+//! Observations as log lines: the one place that words them. No payload, secret or full URL is ever in them.
+//!
+//! Levels: error, an operator must act; warn, the promise is at risk; info, the life of the process and one line a
+//! cycle; debug, each event.
+
+use tracing::{debug, error, info, warn};
+
+use crate::driver::{Events, Observer};
+use crate::machine::{HeartbeatEnd, LeaseKey, Observation, SettleKind, StoreCall, WorkerId};
+
+/// How many event ids a line about a whole statement names.
+const IDS_IN_A_LINE: usize = 10;
+
+/// Writes observations to the log.
+#[derive(Debug)]
+pub struct Telemetry {
+    worker: WorkerId,
+    /// Claims that failed since the store last answered: only the first is a warning, the rest would drown it.
+    failed_claims: u64,
+}
+
+impl Telemetry {
+    /// For the lines of one worker.
+    pub fn new(worker: WorkerId) -> Self {
+        Self { worker, failed_claims: 0 }
+    }
+}
+
+fn ids(keys: &[LeaseKey], events: &Events) -> String {
+    let mut ids: Vec<&str> =
+        keys.iter().take(IDS_IN_A_LINE).map(|key| events.id(*key).unwrap_or("?")).collect();
+    if keys.len() > IDS_IN_A_LINE {
+        ids.push("…");
+    }
+    ids.join(",")
+}
+
+impl Observer for Telemetry {
+    fn observe(&mut self, observation: &Observation, events: &Events) {
+        let worker = self.worker.as_str();
+        let id = |key: &LeaseKey| events.id(*key).unwrap_or("?").to_owned();
+        match observation {
+            Observation::Cycle(cycle) => info!(
+                worker,
+                claimed = cycle.claimed,
+                reclaimed = cycle.reclaimed,
+                delivered = cycle.delivered,
+                retried = cycle.retried,
+                failed = cycle.failed + cycle.failed_by_claim,
+                released = cycle.released,
+                lost = cycle.lost,
+                took_ms = cycle.took.as_millis() as u64,
+                "cycle"
+            ),
+            Observation::StoreCallFailed { call: StoreCall::Claim | StoreCall::Owned, fault, .. } => {
+                self.failed_claims += 1;
+                if self.failed_claims == 1 {
+                    warn!(worker, error = %fault, "claiming failed; trying again at every poll");
+                } else {
+                    debug!(worker, error = %fault, failures = self.failed_claims, "claiming failed again");
+                }
+            }
+            Observation::StoreCallFailed { call: StoreCall::Renew, fault, keys } => {
+                warn!(worker, error = %fault, leases = keys.len(), events = ids(keys, events), "renewal failed");
+            }
+            Observation::StoreCallFailed { call: StoreCall::Settle, fault, keys } => {
+                warn!(worker, error = %fault, leases = keys.len(), events = ids(keys, events), "settle failed");
+            }
+            Observation::StoreRecovered { after } => {
+                self.failed_claims = 0;
+                info!(worker, after_ms = after.as_millis() as u64, "the store answers again");
+            }
+            Observation::HeartbeatEnded { key, why } => {
+                let (event, lease) = (id(key), key.to_string());
+                match why {
+                    HeartbeatEnd::Settled => debug!(worker, event, lease, why = "settled", "heartbeat ended"),
+                    HeartbeatEnd::Drained => info!(worker, event, lease, why = "drained", "heartbeat ended"),
+                    HeartbeatEnd::Lost => warn!(worker, event, lease, why = "lost", "heartbeat ended"),
+                    HeartbeatEnd::Fenced => warn!(worker, event, lease, why = "fenced", "heartbeat ended"),
+                    HeartbeatEnd::Abandoned => {
+                        error!(worker, event, lease, why = "abandoned", "heartbeat ended")
+                    }
+                }
+            }
+            Observation::Fenced { key, open } => {
+                warn!(worker, event = id(key), lease = %key, open, "lease fenced: it could not be renewed in time");
+            }
+            Observation::ClockRanAhead { by } => {
+                warn!(
+                    worker,
+                    by_ms = by.as_millis() as u64,
+                    "the database's clock ran ahead: every lease is fenced"
+                );
+            }
+            Observation::Settled { key, kind, status, repeated } => {
+                let (event, lease) = (id(key), key.to_string());
+                debug!(worker, event, lease, outcome = word(*kind), status, repeated, "settled");
+            }
+            Observation::SettleRefused { key, kind: SettleKind::Delivered } => warn!(
+                worker,
+                event = id(key),
+                lease = %key,
+                "a success could not be settled since the lease is lost: the event goes out again"
+            ),
+            Observation::SettleRefused { key, kind } => {
+                warn!(worker, event = id(key), lease = %key, outcome = word(*kind), "settle refused: the lease is lost");
+            }
+            Observation::SettleAbandoned { key, error } => error!(
+                worker,
+                event = id(key),
+                lease = %key,
+                error,
+                "the store refuses this outcome for good: the lease runs out by itself; look at the event's row"
+            ),
+            Observation::FailedByClaim { row, why } => {
+                warn!(worker, row = row.0, reason = why.last_error(), "event failed without a request");
+            }
+            Observation::Probation { key, reclaims } => warn!(
+                worker,
+                event = id(key),
+                lease = %key,
+                reclaims,
+                "event on probation: its leases keep running out, it may be killing workers"
+            ),
+            Observation::OrphanReleased { key } => {
+                info!(worker, lease = %key, "released what a claim of unknown outcome had taken");
+            }
+            Observation::Embargo(cause) => {
+                info!(
+                    worker,
+                    ?cause,
+                    "expired leases are left alone for one lease, so that their holders can renew"
+                );
+            }
+            Observation::DrainBegan { leased, open } => info!(worker, leased, open, "draining"),
+            Observation::DrainUnsettled { keys } => {
+                let all: Vec<&str> = keys.iter().map(|key| events.id(*key).unwrap_or("?")).collect();
+                error!(worker, leases = keys.len(), events = all.join(","), "the drain timed out: unsettled");
+            }
+            Observation::Unexpected { what } => {
+                error!(worker, what, "an input that answers nothing was refused")
+            }
+            Observation::ClockWentBack { by } => {
+                error!(worker, by_us = by.as_micros() as u64, "the worker's own clock went backwards");
+            }
+        }
+    }
+}
+
+fn word(kind: SettleKind) -> &'static str {
+    match kind {
+        SettleKind::Delivered => "delivered",
+        SettleKind::Retry => "retry",
+        SettleKind::Failed => "failed",
+        SettleKind::Release => "release",
+    }
+}

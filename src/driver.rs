@@ -1,0 +1,257 @@
+//! The driver: carries the machine's actions to the ports and their results back as inputs. It decides nothing.
+//!
+//! One task owns the machine; every store call and every request is a task of its own. A panic in any of them ends the
+//! driver with an error: a worker must not live on with half its parts.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::future::Future;
+use std::pin::{Pin, pin};
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::oneshot;
+use tokio::task::{JoinError, JoinSet};
+use tokio::time::{sleep, timeout};
+
+use crate::machine::{
+    Action, AttemptResult, Ended, Input, LeaseKey, Moment, Observation, RequestId, StoreFault, Worker,
+    WorkerId, WorkerSettings,
+};
+use crate::ports::{Attempt, Claimed, Clock, Gateway, Message, Outbox};
+
+/// The messages of the leases that are held, so that what is logged can name the event.
+#[derive(Debug, Default)]
+pub struct Events(BTreeMap<LeaseKey, Arc<Message>>);
+
+impl Events {
+    /// The event id of a held lease.
+    pub fn id(&self, key: LeaseKey) -> Option<&str> {
+        self.0.get(&key).map(|message| message.event_id.as_str())
+    }
+}
+
+/// Told of everything that the machine finds worth logging or counting.
+pub trait Observer: Send {
+    /// Takes one observation; `events` still knows every lease that it names, orphans aside.
+    fn observe(&mut self, observation: &Observation, events: &Events);
+}
+
+/// Why a driver could not go on.
+#[derive(Debug)]
+pub enum DriverError {
+    /// A task panicked. Its panic message went to standard error.
+    Panicked(JoinError),
+}
+
+impl fmt::Display for DriverError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Panicked(error) => write!(
+                f,
+                "a task of the worker panicked ({error}): the worker ends, and its leases run out by themselves"
+            ),
+        }
+    }
+}
+
+impl std::error::Error for DriverError {}
+
+/// One worker in the world.
+pub struct Driver<O, G, C, W> {
+    /// The store.
+    pub outbox: Arc<O>,
+    /// The way to the destinations.
+    pub gateway: Arc<G>,
+    /// The worker's own clock.
+    pub clock: Arc<C>,
+    /// Told of observations.
+    pub observer: W,
+}
+
+impl<O: Outbox, G: Gateway, C: Clock, W: Observer> Driver<O, G, C, W> {
+    /// Runs a worker until it has drained after `shutdown` resolved, or until the outbox is empty if the settings say
+    /// so.
+    ///
+    /// # Errors
+    /// When a task panicked.
+    pub async fn run(
+        self,
+        id: WorkerId,
+        settings: WorkerSettings,
+        shutdown: impl Future<Output = ()>,
+    ) -> Result<Ended, DriverError> {
+        let store_timeout = settings.timing().store_timeout();
+        let worker = Worker::new(id, settings, self.clock.now());
+        let mut running = Running {
+            driver: self,
+            store_timeout,
+            worker,
+            events: Events::default(),
+            calls: JoinSet::new(),
+            attempts: JoinSet::new(),
+            aborts: BTreeMap::new(),
+        };
+        running.run(shutdown).await
+    }
+}
+
+type Hint = Pin<Box<dyn Future<Output = ()> + Send>>;
+
+/// What a store call brought: an input, and for a claim the messages of its grants.
+type Reply = (Input, Vec<(LeaseKey, Arc<Message>)>);
+
+struct Running<O, G, C, W> {
+    driver: Driver<O, G, C, W>,
+    store_timeout: Duration,
+    worker: Worker,
+    events: Events,
+    calls: JoinSet<Reply>,
+    attempts: JoinSet<(LeaseKey, Option<AttemptResult>)>,
+    aborts: BTreeMap<LeaseKey, oneshot::Sender<()>>,
+}
+
+impl<O: Outbox, G: Gateway, C: Clock, W: Observer> Running<O, G, C, W> {
+    async fn run(&mut self, shutdown: impl Future<Output = ()>) -> Result<Ended, DriverError> {
+        let mut shutdown = pin!(shutdown);
+        let mut draining = false;
+        let mut hint = self.next_hint();
+        let mut input = Input::Wake;
+        loop {
+            self.handle(input);
+            if let Some(ended) = self.worker.ended() {
+                return Ok(ended);
+            }
+            let wakeup = self.worker.next_wakeup();
+            let nap = wakeup.map_or(Duration::from_secs(3_600), |at| at.since(self.driver.clock.now()));
+            input = tokio::select! {
+                biased;
+                Some(reply) = self.calls.join_next() => self.replied(reply)?,
+                Some(ended) = self.attempts.join_next() => self.attempted(ended)?,
+                () = &mut shutdown, if !draining => {
+                    draining = true;
+                    Input::Shutdown
+                }
+                () = &mut hint, if !draining => {
+                    hint = self.next_hint();
+                    Input::Hint
+                }
+                () = sleep(nap) => Input::Wake,
+            };
+        }
+    }
+
+    fn next_hint(&self) -> Hint {
+        let outbox = Arc::clone(&self.driver.outbox);
+        Box::pin(async move { outbox.hint().await })
+    }
+
+    fn handle(&mut self, input: Input) {
+        self.worker.handle(self.driver.clock.now(), input);
+        while let Some(observation) = self.worker.poll_observation() {
+            self.driver.observer.observe(&observation, &self.events);
+        }
+        while let Some(action) = self.worker.poll_action() {
+            self.act(action);
+        }
+    }
+
+    fn act(&mut self, action: Action) {
+        let outbox = Arc::clone(&self.driver.outbox);
+        match action {
+            Action::Claim(request, claim) => {
+                self.call(request, async move { outbox.claim(claim).await }, claimed)
+            }
+            Action::Renew(request, renew) => {
+                let input = |request, reply| (Input::Renewed { request, reply }, Vec::new());
+                self.call(request, async move { outbox.renew(renew).await }, input);
+            }
+            Action::Settle(request, settle) => {
+                let input = |request, reply| (Input::Settled { request, reply }, Vec::new());
+                self.call(request, async move { outbox.settle(settle).await }, input);
+            }
+            Action::Owned(request, owned) => {
+                let input = |request, reply| (Input::Owned { request, reply }, Vec::new());
+                self.call(request, async move { outbox.owned(owned).await }, input);
+            }
+            Action::Send { key, number, timestamp, start_before } => {
+                self.send(key, number, timestamp, start_before);
+            }
+            Action::Abort { key } => {
+                // Its task may have ended already; then its outcome is on the way.
+                if let Some(abort) = self.aborts.remove(&key) {
+                    let _ = abort.send(());
+                }
+            }
+            Action::Forget { key } => {
+                self.events.0.remove(&key);
+            }
+        }
+    }
+
+    /// Makes a store call in a task of its own. Dropping the call's future closes its connection, so that the bound on
+    /// it holds whatever the adapter waits for.
+    fn call<T: Send + 'static>(
+        &mut self,
+        request: RequestId,
+        call: impl Future<Output = Result<T, StoreFault>> + Send + 'static,
+        input: impl FnOnce(RequestId, Result<T, StoreFault>) -> Reply + Send + 'static,
+    ) {
+        let bound = self.store_timeout;
+        self.calls.spawn(async move {
+            let reply = timeout(bound, call).await;
+            input(
+                request,
+                reply.unwrap_or_else(|_| {
+                    Err(StoreFault::Unknown { error: format!("no answer within store_timeout ({bound:?})") })
+                }),
+            )
+        });
+    }
+
+    fn send(&mut self, key: LeaseKey, number: u32, timestamp: i64, start_before: Moment) {
+        let (abort, aborted) = oneshot::channel();
+        self.aborts.insert(key, abort);
+        let message = self.events.0.get(&key).cloned();
+        let (gateway, clock) = (Arc::clone(&self.driver.gateway), Arc::clone(&self.driver.clock));
+        self.attempts.spawn(async move {
+            // The world may have stopped since the machine decided (rule P4).
+            let Some(message) = message.filter(|_| clock.now() < start_before) else { return (key, None) };
+            let result = tokio::select! {
+                biased;
+                result = gateway.send(Attempt { key, number, timestamp, message }) => Some(result),
+                _ = aborted => None,
+            };
+            (key, result)
+        });
+    }
+
+    fn replied(&mut self, reply: Result<Reply, JoinError>) -> Result<Input, DriverError> {
+        let (input, messages) = reply.map_err(DriverError::Panicked)?;
+        self.events.0.extend(messages);
+        Ok(input)
+    }
+
+    fn attempted(
+        &mut self,
+        ended: Result<(LeaseKey, Option<AttemptResult>), JoinError>,
+    ) -> Result<Input, DriverError> {
+        let (key, result) = ended.map_err(DriverError::Panicked)?;
+        self.aborts.remove(&key);
+        Ok(match result {
+            Some(result) => Input::Attempted { key, result },
+            None => Input::Aborted { key },
+        })
+    }
+}
+
+fn claimed(request: RequestId, reply: Result<Claimed, StoreFault>) -> Reply {
+    match reply {
+        Ok(Claimed { reply, messages }) => {
+            let keys = reply.grants.iter().map(|grant| grant.key);
+            let messages = keys.zip(messages).collect();
+            (Input::Claimed { request, reply: Ok(reply) }, messages)
+        }
+        Err(fault) => (Input::Claimed { request, reply: Err(fault) }, Vec::new()),
+    }
+}

@@ -1,0 +1,705 @@
+//! One rule each, told as a story.
+
+use std::time::Duration;
+
+use leasehold::machine::{
+    Action, Answer, AttemptResult, EmbargoCause, HeartbeatEnd, Input, LeaseKey, Limits, Observation,
+    RetryAfter, SettleKind, SettleReply, Status, StoreFault, WorkerId,
+};
+
+use crate::bed::{Bed, MS, SECOND, aborts, limits, retry, settings, timing};
+
+fn unknown() -> StoreFault {
+    StoreFault::Unknown { error: "timed out".into() }
+}
+
+/// A bed with one event whose request is open.
+fn one_open() -> (Bed, LeaseKey) {
+    let mut bed = Bed::new(settings());
+    bed.add(1, "http://a");
+    bed.run(MS);
+    let key = bed.opened()[0];
+    (bed, key)
+}
+
+#[test]
+fn an_event_is_claimed_sent_and_settled() {
+    let (mut bed, key) = one_open();
+    bed.respond(key, 204);
+    bed.answer_all();
+    assert_eq!(bed.row(1).status, Status::Delivered);
+    assert_eq!(bed.row(1).attempts, 1);
+    assert!(bed.seen.iter().any(|seen| matches!(seen, Observation::Cycle(cycle) if cycle.delivered == 1)));
+}
+
+#[test]
+fn a_request_far_longer_than_the_lease_keeps_its_lease() {
+    let (mut bed, key) = one_open();
+    bed.run(600 * SECOND);
+    assert_eq!(bed.opened(), [key], "still the same request");
+    let until = bed.row(1).lease.as_ref().expect("still leased").until;
+    assert!(until > bed.db().early, "and live");
+    assert!(!bed.seen.iter().any(|seen| matches!(seen, Observation::Fenced { .. })));
+}
+
+#[test]
+fn events_waiting_in_the_queue_are_renewed_too() {
+    let mut bed = Bed::new(settings());
+    for id in 1..=4 {
+        bed.add(id, "http://a");
+    }
+    bed.run(300 * SECOND);
+    assert_eq!(bed.opened().len(), 2, "the destination's cap");
+    for id in 1..=4 {
+        assert!(bed.row(id).lease.as_ref().is_some_and(|lease| lease.until > bed.db().early), "event {id}");
+    }
+}
+
+#[test]
+fn a_fast_delivery_costs_no_heartbeat() {
+    let (mut bed, key) = one_open();
+    bed.pass(4 * SECOND);
+    assert!(!bed.pending.iter().any(|action| matches!(action, Action::Renew(..))));
+    bed.respond(key, 200);
+}
+
+#[test]
+fn without_a_renewal_the_request_is_aborted_at_the_fence_and_given_back() {
+    let (mut bed, key) = one_open();
+    bed.pass(27 * SECOND);
+    assert!(bed.seen.contains(&Observation::Fenced { key, open: true }));
+    assert!(bed.opened().contains(&key), "open until the abort is confirmed");
+    let before = bed.now;
+    bed.confirm_abort(key);
+    let release = bed.pending.iter().any(|action| matches!(action, Action::Settle(..)));
+    assert!(release, "given back once the abort is confirmed");
+    assert_eq!(bed.now, before);
+}
+
+#[test]
+fn the_deadline_counts_from_the_send_not_from_the_reply() {
+    let mut bed = Bed::new(settings());
+    bed.add(1, "http://a");
+    bed.wake();
+    let sent = bed.now;
+    bed.now = bed.now.after(4 * SECOND);
+    bed.answer_all();
+    let start_before = sent.after(27 * SECOND);
+    assert_eq!(bed.opened().len(), 1);
+    bed.now = start_before;
+    let actions = bed.wake();
+    assert_eq!(aborts(&actions).len(), 1, "fenced 27 s after the claim was sent");
+}
+
+#[test]
+fn a_claim_answered_past_its_own_fence_starts_nothing() {
+    let mut bed = Bed::new(settings());
+    bed.add(1, "http://a");
+    bed.wake();
+    let claim = bed.pending.remove(0);
+    let reply = bed.apply(claim);
+    bed.now = bed.now.after(27 * SECOND);
+    bed.give(reply);
+    assert!(bed.opened().is_empty());
+}
+
+#[test]
+fn a_stopped_process_checks_its_fences_before_anything_else() {
+    let (mut bed, key) = one_open();
+    bed.add(2, "http://b");
+    bed.now = bed.now.after(3_600 * SECOND);
+    let actions = bed.give(Input::Hint);
+    assert_eq!(aborts(&actions), [key]);
+}
+
+#[test]
+fn an_outcome_that_crosses_its_abort_is_kept() {
+    let (mut bed, key) = one_open();
+    bed.pass(27 * SECOND);
+    bed.pending.clear();
+    bed.respond(key, 200);
+    let kept = bed.pending.iter().any(|action| match action {
+        Action::Settle(_, settle) => {
+            matches!(settle.entries[0].1, leasehold::machine::Settle::Delivered { .. })
+        }
+        _ => false,
+    });
+    assert!(kept);
+}
+
+#[test]
+fn a_refused_renewal_aborts_at_once() {
+    let (mut bed, key) = one_open();
+    bed.row_mut(1).token.0 += 1;
+    bed.run(8 * SECOND);
+    assert!(bed.seen.contains(&Observation::HeartbeatEnded { key, why: HeartbeatEnd::Lost }));
+    assert!(bed.worker.open() == 1, "until its socket is closed");
+    bed.confirm_abort(key);
+    assert_eq!(bed.worker.leased(), 0);
+}
+
+#[test]
+fn a_success_whose_settle_is_refused_is_not_silent() {
+    let (mut bed, key) = one_open();
+    bed.row_mut(1).token.0 += 1;
+    bed.respond(key, 200);
+    bed.answer_all();
+    assert!(bed.seen.contains(&Observation::SettleRefused { key, kind: SettleKind::Delivered }));
+    assert_eq!(bed.row(1).status, Status::Pending, "the event goes out again");
+}
+
+#[test]
+fn a_lost_settle_reply_is_repeated_and_answered_ended() {
+    let (mut bed, key) = one_open();
+    bed.respond(key, 200);
+    let settle = bed.pending.remove(0);
+    let request = Bed::request_of(&settle);
+    bed.apply(settle);
+    bed.give(Input::Settled { request, reply: Err(unknown()) });
+    bed.run(SECOND);
+    let repeated =
+        Observation::Settled { key, kind: SettleKind::Delivered, status: Some(200), repeated: true };
+    assert!(bed.seen.contains(&repeated));
+    assert_eq!(bed.row(1).attempts, 1, "counted once");
+}
+
+#[test]
+fn no_claim_goes_before_settles_that_failed() {
+    let (mut bed, key) = one_open();
+    bed.add(2, "http://b");
+    bed.respond(key, 200);
+    bed.pending.retain(|action| matches!(action, Action::Settle(..)));
+    let request = Bed::request_of(&bed.pending.remove(0));
+    bed.give(Input::Settled { request, reply: Err(StoreFault::NotApplied { error: "down".into() }) });
+    bed.pass(SECOND);
+    assert!(bed.pending.iter().all(|action| matches!(action, Action::Settle(..))), "{:?}", bed.pending);
+}
+
+#[test]
+fn one_bad_outcome_is_isolated_and_given_up() {
+    let mut bed = Bed::new(settings());
+    for id in 1..=4 {
+        bed.add(id, if id % 2 == 0 { "http://a" } else { "http://b" });
+    }
+    bed.run(MS);
+    let open = bed.opened();
+    assert_eq!(open.len(), 4);
+    bed.respond(open[0], 200);
+    let first = bed.pending.remove(0);
+    for key in &open[1..] {
+        bed.respond(*key, 200);
+    }
+    bed.answer(first);
+    for _ in 0..10 {
+        let Some(at) = bed.pending.iter().position(|action| matches!(action, Action::Settle(..))) else {
+            break;
+        };
+        let settle = bed.pending.remove(at);
+        let bad = matches!(&settle, Action::Settle(_, settle) if settle.entries.iter().any(|(key, _)| key.row == open[2].row));
+        if bad {
+            let request = Bed::request_of(&settle);
+            bed.give(Input::Settled { request, reply: Err(StoreFault::Permanent { error: "22003".into() }) });
+        } else {
+            bed.answer(settle);
+        }
+    }
+    assert!(bed.seen.contains(&Observation::SettleAbandoned { key: open[2], error: "22003".into() }));
+    for key in &open {
+        let delivered = bed.row(key.row.0).status == Status::Delivered;
+        assert_eq!(delivered, *key != open[2], "event {}", key.row.0);
+    }
+    assert_eq!(bed.worker.leased(), 0);
+}
+
+#[test]
+fn an_unknown_claim_leaves_no_orphans() {
+    let mut bed = Bed::new(settings());
+    bed.add(1, "http://a");
+    bed.wake();
+    let claim = bed.pending.remove(0);
+    let request = Bed::request_of(&claim);
+    bed.apply(claim);
+    bed.give(Input::Claimed { request, reply: Err(unknown()) });
+    assert!(bed.row(1).lease.is_some(), "the claim was applied");
+    bed.run(MS);
+    assert!(bed.seen.iter().any(|seen| matches!(seen, Observation::OrphanReleased { .. })));
+    assert!(bed.row(1).lease.is_none());
+    assert_eq!(bed.row(1).attempts, 0);
+}
+
+#[test]
+fn a_claim_that_commits_late_is_released_as_well() {
+    let mut bed = Bed::new(settings());
+    bed.add(1, "http://a");
+    bed.wake();
+    let claim = bed.pending.remove(0);
+    let request = Bed::request_of(&claim);
+    bed.give(Input::Claimed { request, reply: Err(unknown()) });
+    let look = bed.pending.remove(0);
+    assert!(matches!(look, Action::Owned(..)));
+    bed.answer(look);
+    bed.apply(claim);
+    bed.run(6 * SECOND);
+    assert!(bed.seen.iter().any(|seen| matches!(seen, Observation::OrphanReleased { .. })));
+}
+
+#[test]
+fn a_row_locked_twice_is_renewed_alone_and_holds_up_nobody() {
+    let mut bed = Bed::new(settings());
+    bed.add(1, "http://a");
+    bed.add(2, "http://b");
+    bed.run(MS);
+    let mut alone = None;
+    for _ in 0..200 {
+        let Some(at) = bed.worker.next_wakeup() else { break };
+        bed.now = bed.now.max(at);
+        bed.wake();
+        while let Some(action) = (!bed.pending.is_empty()).then(|| bed.pending.remove(0)) {
+            if matches!(&action, Action::Renew(_, renew) if renew.wait) {
+                alone.get_or_insert(action);
+                continue;
+            }
+            let mut reply = bed.apply(action);
+            if let Input::Renewed { reply: Ok(reply), .. } = &mut reply {
+                for (key, answer) in &mut reply.answers {
+                    if key.row.0 == 1 {
+                        *answer = Answer::Skipped;
+                    }
+                }
+            }
+            bed.give(reply);
+        }
+        if alone.is_some() {
+            break;
+        }
+    }
+    let alone = alone.expect("a waiting renewal of its own");
+    assert!(matches!(&alone, Action::Renew(_, renew) if renew.keys.len() == 1 && renew.keys[0].row.0 == 1));
+    bed.answer(alone);
+    bed.run(60 * SECOND);
+    assert_eq!(bed.opened().len(), 2, "both are still held");
+}
+
+#[test]
+fn a_database_clock_that_ran_ahead_fences_everything() {
+    let (mut bed, key) = one_open();
+    bed.db_ahead = 4 * SECOND;
+    let actions = bed.wake();
+    assert!(aborts(&actions).is_empty());
+    bed.pass(300 * MS);
+    bed.answer_all();
+    assert!(bed.seen.iter().any(|seen| matches!(seen, Observation::ClockRanAhead { .. })));
+    assert!(bed.seen.contains(&Observation::Fenced { key, open: true }));
+}
+
+#[test]
+fn a_clock_step_within_the_margin_changes_nothing() {
+    let (mut bed, key) = one_open();
+    bed.db_ahead = 2 * SECOND;
+    bed.run(20 * SECOND);
+    assert_eq!(bed.opened(), [key]);
+}
+
+/// Two events open and one queued at one destination, and no renewal answered for a while.
+fn unrenewed_for(duration: Duration) -> (Bed, LeaseKey) {
+    let mut bed = Bed::new(settings());
+    for id in 1..=3 {
+        bed.add(id, "http://a");
+    }
+    bed.run(MS);
+    bed.pass(duration);
+    let key = bed.opened()[0];
+    (bed, key)
+}
+
+fn starts(actions: &[Action]) -> usize {
+    actions.iter().filter(|action| matches!(action, Action::Claim(..) | Action::Send { .. })).count()
+}
+
+#[test]
+fn nothing_starts_while_a_renewal_is_overdue() {
+    let (mut bed, key) = unrenewed_for(14_900 * MS);
+    assert_eq!(starts(&bed.respond(key, 200)), 1, "H + R have not passed yet");
+    let (mut bed, key) = unrenewed_for(15_100 * MS);
+    assert_eq!(starts(&bed.respond(key, 200)), 0);
+    bed.answer_all();
+    assert_eq!(bed.opened().len(), 2, "the queued event starts once renewals are answered");
+}
+
+#[test]
+fn a_renewed_deadline_counts_from_the_renewals_send() {
+    let (mut bed, key) = one_open();
+    bed.pass(8 * SECOND);
+    let at = bed
+        .pending
+        .iter()
+        .position(|action| matches!(action, Action::Renew(..)))
+        .expect("it fell due at 7.5 s");
+    let renew = bed.pending.remove(at);
+    bed.now = bed.now.after(4 * SECOND);
+    bed.answer(renew);
+    bed.pending.clear();
+    // Sent 7.5 s after the claim: fenced 27 s later, not 27 s after the reply.
+    bed.pass(22_400 * MS);
+    assert!(!bed.seen.iter().any(|seen| matches!(seen, Observation::Fenced { .. })));
+    bed.pass(200 * MS);
+    assert!(bed.seen.contains(&Observation::Fenced { key, open: true }));
+}
+
+#[test]
+fn expired_leases_wait_one_lease_after_an_outage() {
+    let mut bed = Bed::new(settings());
+    bed.run(10 * SECOND);
+    let down = bed.now;
+    while bed.now.since(down) < 11 * SECOND {
+        bed.now = bed.worker.next_wakeup().expect("it polls").max(bed.now);
+        bed.wake();
+        while let Some(action) = bed.pending.pop() {
+            let request = Bed::request_of(&action);
+            bed.give(Input::Claimed { request, reply: Err(StoreFault::NotApplied { error: "down".into() }) });
+        }
+    }
+    let back = bed.now;
+    let mut searched_at = None;
+    while searched_at.is_none() {
+        bed.now = bed.worker.next_wakeup().expect("it polls").max(bed.now);
+        bed.wake();
+        while let Some(action) = bed.pending.pop() {
+            if matches!(&action, Action::Claim(_, claim) if claim.terms.expired) {
+                searched_at = Some(bed.now);
+            }
+            bed.answer(action);
+        }
+    }
+    assert!(bed.seen.contains(&Observation::Embargo(EmbargoCause::Outage)));
+    let waited = searched_at.map(|at| at.since(back)).expect("a search");
+    assert!(waited >= 30 * SECOND && waited < 31 * SECOND, "waited {waited:?}");
+}
+
+#[test]
+fn a_new_incarnation_starts_an_embargo_but_fresh_events_go_on() {
+    let mut bed = Bed::new(settings());
+    bed.run(5 * SECOND);
+    bed.incarnation = 2;
+    bed.run(SECOND);
+    assert!(bed.seen.contains(&Observation::Embargo(EmbargoCause::NewIncarnation)));
+    bed.add(1, "http://a");
+    bed.run(SECOND);
+    assert_eq!(bed.opened().len(), 1);
+}
+
+#[test]
+fn process_start_is_no_embargo() {
+    let mut bed = Bed::new(settings());
+    bed.add(1, "http://a");
+    let other = WorkerId::new("dead");
+    let terms = leasehold::machine::ClaimTerms {
+        lease: 30 * SECOND,
+        grace: 3 * SECOND,
+        expired: true,
+        reclaim_limit: 0,
+        retry_budget: 0,
+    };
+    let db = bed.db();
+    bed.row_mut(1).claim(db, &other, &terms);
+    bed.now = bed.now.after(34 * SECOND);
+    bed.run(SECOND);
+    assert_eq!(bed.opened().len(), 1, "taken over");
+    assert_eq!(bed.row(1).reclaims, 1);
+}
+
+#[test]
+fn only_one_event_on_probation_is_held() {
+    let mut bed = Bed::new(settings());
+    for id in 1..=3 {
+        bed.add(id, "http://a");
+        bed.row_mut(id).reclaims = 3;
+    }
+    bed.add(4, "http://a");
+    bed.run(SECOND);
+    let open = bed.opened();
+    assert_eq!(open.iter().filter(|key| key.row.0 <= 3).count(), 1);
+    assert!(open.iter().any(|key| key.row.0 == 4), "innocents go on");
+}
+
+#[test]
+fn a_destination_gets_no_more_than_its_share() {
+    let mut bed = Bed::new(settings());
+    for id in 1..=20 {
+        bed.add(id, "http://slow");
+    }
+    bed.add(21, "http://quick");
+    bed.run(SECOND);
+    let held =
+        bed.rows.values().filter(|(row, to)| row.lease.is_some() && to.as_str() == "http://slow").count();
+    assert_eq!(held, 4, "the cap and one refill");
+    assert!(bed.opened().iter().any(|key| key.row.0 == 21), "the other destination is not kept waiting");
+}
+
+#[test]
+fn a_refill_does_not_wait_for_the_next_poll() {
+    let mut bed = Bed::new(settings());
+    for id in 1..=20 {
+        bed.add(id, "http://a");
+    }
+    bed.run(MS);
+    let start = bed.now;
+    for _ in 0..20 {
+        let key = bed.opened()[0];
+        bed.respond(key, 200);
+        bed.answer_all();
+    }
+    assert_eq!(bed.now, start);
+    assert!((1..=20).all(|id| bed.row(id).status == Status::Delivered));
+}
+
+#[test]
+fn max_leased_is_never_exceeded() {
+    let mut bed = Bed::new(settings());
+    for id in 1..=50 {
+        bed.add(id, &format!("http://{id}"));
+    }
+    bed.run(SECOND);
+    assert_eq!(bed.worker.leased(), 8);
+    assert_eq!(bed.opened().len(), 4);
+}
+
+#[test]
+fn the_delay_is_fixed_when_the_outcome_is_known() {
+    let (mut bed, key) = one_open();
+    let db = bed.db().late;
+    bed.give(Input::Attempted {
+        key,
+        result: AttemptResult::Responded { status: 503, retry_after: Some(RetryAfter::Delay(10 * SECOND)) },
+    });
+    let request = Bed::request_of(&bed.pending.remove(0));
+    bed.now = bed.now.after(4 * SECOND);
+    bed.give(Input::Settled { request, reply: Err(StoreFault::NotApplied { error: "down".into() }) });
+    bed.run(SECOND);
+    assert_eq!(bed.row(1).next_attempt_at, db.after(10 * SECOND), "not 14 s");
+}
+
+#[test]
+fn an_oversized_payload_is_a_failed_attempt_without_a_request() {
+    let mut bed = Bed::new(settings());
+    bed.add(1, "http://a");
+    bed.wake();
+    let claim = bed.pending.remove(0);
+    let mut reply = bed.apply(claim);
+    if let Input::Claimed { reply: Ok(reply), .. } = &mut reply {
+        reply.grants[0].unsendable = Some(leasehold::machine::Unsendable::Oversized { bytes: 9_000_000 });
+    }
+    bed.give(reply);
+    assert!(bed.opened().is_empty());
+    bed.answer_all();
+    assert_eq!((bed.row(1).status, bed.row(1).attempts), (Status::Pending, 1));
+    assert!(bed.row(1).last_error.as_ref().is_some_and(|error| error.contains("9000000 bytes")));
+}
+
+#[test]
+fn a_drain_releases_the_queue_and_finishes_what_is_open() {
+    let mut bed = Bed::new(settings());
+    for id in 1..=4 {
+        bed.add(id, "http://a");
+    }
+    bed.run(MS);
+    let open = bed.opened();
+    bed.give(Input::Shutdown);
+    bed.answer_all();
+    assert_eq!(bed.worker.leased(), open.len(), "the queue was released");
+    assert!((1..=4).all(|id| bed.row(id).attempts == 0));
+    for key in open {
+        bed.respond(key, 200);
+    }
+    bed.answer_all();
+    let ended = bed.worker.ended().expect("drained");
+    assert_eq!((ended.aborted, ended.unsettled), (0, 0));
+    assert!(bed.worker.next_wakeup().is_none());
+}
+
+#[test]
+fn a_drain_aborts_2r_before_its_timeout_and_delays_what_it_aborted() {
+    let (mut bed, key) = one_open();
+    bed.give(Input::Shutdown);
+    bed.run(17_999 * MS);
+    assert!(!bed.seen.iter().any(|seen| matches!(seen, Observation::HeartbeatEnded { .. })));
+    bed.now = bed.now.after(2 * MS);
+    let actions = bed.wake();
+    assert_eq!(aborts(&actions), [key]);
+    let db = bed.db().late;
+    bed.confirm_abort(key);
+    bed.answer_all();
+    assert_eq!(bed.row(1).next_attempt_at, db.after(3 * SECOND));
+    assert!(bed.row(1).lease.is_none());
+    assert_eq!(bed.worker.ended().map(|ended| ended.aborted), Some(1));
+}
+
+#[test]
+fn a_drain_ends_at_its_timeout_whatever_the_store_does() {
+    let (mut bed, key) = one_open();
+    bed.respond(key, 200);
+    bed.give(Input::Shutdown);
+    bed.pass(28 * SECOND);
+    assert!(bed.seen.contains(&Observation::DrainUnsettled { keys: vec![key] }));
+    assert_eq!(bed.worker.ended().map(|ended| ended.unsettled), Some(1));
+}
+
+#[test]
+fn until_empty_ends_only_when_nothing_is_pending() {
+    let mut settings = settings();
+    settings.until_empty = true;
+    let mut bed = Bed::new(settings);
+    bed.add(1, "http://a");
+    bed.run(MS);
+    let key = bed.opened()[0];
+    bed.respond(key, 500);
+    bed.run(4 * SECOND);
+    assert!(bed.worker.ended().is_none(), "it waits for its retry");
+    bed.run(2 * SECOND);
+    let key = bed.opened()[0];
+    bed.respond(key, 200);
+    bed.run(SECOND);
+    assert!(bed.worker.ended().is_some());
+}
+
+#[test]
+fn an_own_older_lease_is_gone_before_the_new_one_starts() {
+    let (mut bed, old) = one_open();
+    // A failover lost the claim; the row is free again and this worker claims it once more.
+    *bed.row_mut(1) = leasehold::machine::Row::new(20, bed.db().early);
+    bed.now = bed.now.after(SECOND);
+    bed.give(Input::Hint);
+    let claim = bed.pending.remove(0);
+    let actions = bed.answer(claim);
+    assert_eq!(aborts(&actions), [old], "the older lease is lost");
+    assert_eq!(bed.opened(), [old], "nothing new yet");
+    bed.confirm_abort(old);
+    let open = bed.opened();
+    assert!(open.len() == 1 && open[0] != old);
+}
+
+#[test]
+fn impossible_inputs_are_refused_and_change_nothing() {
+    let (mut bed, key) = one_open();
+    let nobody = LeaseKey { row: leasehold::machine::RowId(99), token: key.token };
+    let request = leasehold::machine::RequestId(4_711);
+    let before = bed.worker.next_wakeup();
+    for input in [
+        Input::Attempted { key: nobody, result: AttemptResult::Errored { error: String::new() } },
+        Input::Aborted { key: nobody },
+        Input::Claimed { request, reply: Err(unknown()) },
+        Input::Renewed { request, reply: Err(unknown()) },
+        Input::Settled { request, reply: Ok(SettleReply { db_now: bed.db().late, answers: vec![] }) },
+        Input::Owned { request, reply: Err(unknown()) },
+    ] {
+        bed.seen.clear();
+        assert!(bed.give(input).is_empty());
+        assert!(matches!(bed.seen[..], [Observation::Unexpected { .. }]), "{:?}", bed.seen);
+    }
+    assert_eq!(bed.worker.next_wakeup(), before);
+}
+
+#[test]
+fn the_watch_is_never_longer_than_half_the_margin() {
+    let (bed, _) = one_open();
+    let until = bed.worker.next_wakeup().expect("leases are held").since(bed.now);
+    assert!(until <= Duration::from_millis(1_500));
+}
+
+#[test]
+fn a_hundred_thousand_leases_are_renewed_in_full_statements_without_a_late_one() {
+    let limits = Limits {
+        max_in_flight: 100_000,
+        max_in_flight_per_destination: 100_000,
+        max_leased: 100_000,
+        claim_batch: 10_000,
+        ..limits()
+    };
+    let settings = leasehold::machine::WorkerSettings::parse(timing(30 * SECOND), limits, retry(), 0);
+    let mut bed = Bed::new(settings.expect("sound settings"));
+    for id in 1..=100_000 {
+        bed.add(id, "http://a");
+    }
+    // Only the outermost checks: a whole-state scan each input would take for ever.
+    let mut statements = 0;
+    let mut give = |bed: &mut Bed, input: Input| {
+        bed.worker.handle(bed.now, input);
+        while let Some(action) = bed.worker.poll_action() {
+            match action {
+                Action::Renew(_, ref renew) => {
+                    statements += 1;
+                    assert!(renew.keys.len() <= 1_000);
+                    bed.pending.push(action);
+                }
+                Action::Claim(..) => bed.pending.push(action),
+                _ => {}
+            }
+        }
+        while let Some(seen) = bed.worker.poll_observation() {
+            assert!(!matches!(seen, Observation::Fenced { .. }), "{seen:?}");
+        }
+    };
+    give(&mut bed, Input::Wake);
+    let end = bed.now.after(40 * SECOND);
+    while bed.now < end {
+        if let Some(action) = bed.pending.pop() {
+            bed.now = bed.now.after(20 * MS);
+            let reply = bed.apply(action);
+            give(&mut bed, reply);
+        } else {
+            bed.now = bed.worker.next_wakeup().expect("leases are held").max(bed.now);
+            give(&mut bed, Input::Wake);
+        }
+    }
+    bed.worker.assert_invariants();
+    assert!(statements >= 300, "four rounds of a hundred statements, less the first: {statements}");
+    let least = bed.rows.values().filter_map(|(row, _)| row.lease.as_ref()).map(|lease| lease.until).min();
+    assert!(
+        least.is_some_and(|until| until.since(bed.db().late) > 15 * SECOND),
+        "no lease came close to its end"
+    );
+}
+
+#[test]
+fn an_embargo_is_not_extended_before_a_search_was_made() {
+    let mut bed = Bed::new(settings());
+    bed.run(5 * SECOND);
+    bed.incarnation = 2;
+    bed.run(20 * SECOND);
+    bed.incarnation = 3;
+    bed.run(5 * SECOND);
+    let embargoes = bed.seen.iter().filter(|seen| matches!(seen, Observation::Embargo(_))).count();
+    assert_eq!(embargoes, 1);
+    // 25 s of 30 s have passed: an orphan is found soon after the rest.
+    bed.add(1, "http://a");
+    let terms = leasehold::machine::ClaimTerms {
+        lease: SECOND,
+        grace: SECOND,
+        expired: false,
+        reclaim_limit: 0,
+        retry_budget: 0,
+    };
+    let db = bed.db();
+    bed.row_mut(1).claim(db, &WorkerId::new("dead"), &terms);
+    bed.run(4 * SECOND);
+    assert!(bed.opened().is_empty(), "the embargo holds");
+    bed.run(3 * SECOND);
+    assert_eq!(bed.opened().len(), 1, "and is over");
+}
+
+#[test]
+fn an_outcome_given_up_on_is_not_taken_for_an_orphan() {
+    let (mut bed, key) = one_open();
+    bed.respond(key, 200);
+    let settle = bed.pending.remove(0);
+    let request = Bed::request_of(&settle);
+    bed.give(Input::Settled { request, reply: Err(StoreFault::Permanent { error: "22003".into() }) });
+    assert!(bed.seen.contains(&Observation::HeartbeatEnded { key, why: HeartbeatEnd::Abandoned }));
+    bed.pass(SECOND);
+    let claim = bed.pending.remove(0);
+    let request = Bed::request_of(&claim);
+    bed.give(Input::Claimed { request, reply: Err(unknown()) });
+    bed.run(10 * SECOND);
+    assert!(!bed.seen.iter().any(|seen| matches!(seen, Observation::OrphanReleased { .. })));
+    assert!(bed.row(1).lease.is_some(), "its lease runs out by itself");
+}
