@@ -14,16 +14,16 @@ mod process;
 mod requests;
 mod rng;
 pub mod schedule;
+pub mod search;
+pub mod shrink;
 mod store;
+pub mod story;
+pub mod timeline;
 mod trace;
 mod world;
 
 pub use generate::{generate, profile_of};
 pub use rng::Rng;
 pub use schedule::{Profile, Schedule};
+pub use search::run;
 pub use world::{EPOCH, Options, Outcome, World};
-
-/// Runs a schedule. A panic of the machine is a violation like any other.
-pub fn run(schedule: &Schedule, options: Options) -> Outcome {
-    World::new(schedule, options).run()
-}
