@@ -18,7 +18,8 @@ impl World<'_> {
     pub(crate) fn call(&mut self, worker: u32, request: RequestId, ask: Ask) {
         let call = self.calls.len() as u32;
         let lane = match &ask {
-            Ask::Claim(_) | Ask::Owned(_) => Lane::Claim,
+            Ask::Claim(_) => Lane::Claim,
+            Ask::Owned(_) => Lane::Owned,
             Ask::Renew(renew) if renew.wait => Lane::RenewAlone,
             Ask::Renew(_) => Lane::Renew,
             Ask::Settle(_) => Lane::Settle,
@@ -47,7 +48,12 @@ impl World<'_> {
     }
 
     /// A fault as the input that answers a statement's question.
-    pub(crate) fn statement_input(&self, statement: u32, request: RequestId, fault: StoreFault) -> Option<Input> {
+    pub(crate) fn statement_input(
+        &self,
+        statement: u32,
+        request: RequestId,
+        fault: StoreFault,
+    ) -> Option<Input> {
         // What was asked is still known: a statement is dropped after its commit only, and the call then has a reply.
         let kind = self.statements[statement as usize].as_ref().map(|statement| &statement.ask)?;
         Some(match kind {

@@ -111,17 +111,8 @@ pub fn generate(seed: u64, profile: Profile) -> Schedule {
     let events = make_events(&mut workload, profile, events, destinations.len(), heal_at, &settings[0]);
     let timeout = settings.iter().map(|settings| settings.store_timeout).min().unwrap_or(S);
     let pace = make_pace(&mut Rng::new(seed, "pace of things"), profile, lease, timeout);
-    let mut schedule = Schedule {
-        seed,
-        profile,
-        settings,
-        slots,
-        destinations,
-        events,
-        pace,
-        faults: Vec::new(),
-        heal_at,
-    };
+    let mut schedule =
+        Schedule { seed, profile, settings, slots, destinations, events, pace, faults: Vec::new(), heal_at };
     let mut faults = Vec::new();
     add_faults(&schedule, &mut Rng::new(seed, "faults"), &mut faults);
     faults.sort_by_key(|timed| timed.at);
@@ -158,7 +149,11 @@ fn make_settings(rng: &mut Rng, profile: Profile, events: u32) -> Settings {
         poll_interval: rng.spread(lease / 30, lease / 4),
         drain_timeout: drain,
         request_timeout: rng.within(lease / 4, 3 * lease),
-        reclaim_limit: if profile == Profile::Poison || rng.percent(30) { rng.within(4, 8) as u32 } else { 100 },
+        reclaim_limit: if profile == Profile::Poison || rng.percent(30) {
+            rng.within(4, 8) as u32
+        } else {
+            100
+        },
         retry_initial: initial,
         retry_max: rng.within(initial, initial + 4 * S),
         retry_jitter_bps: *rng.pick(&[0, 2_000, 2_000, 10_000]),
@@ -242,14 +237,19 @@ fn make_events(
         Profile::Poison => Some(rng.below(u64::from(events)) as u32),
         _ => None,
     };
-    let cursed = (settings.reclaim_limit < 100 && poison.is_none() && rng.percent(10)).then(|| rng.below(u64::from(events)) as u32);
+    let cursed = (settings.reclaim_limit < 100 && poison.is_none() && rng.percent(10))
+        .then(|| rng.below(u64::from(events)) as u32);
     let one = |event| EventPlan {
         at: if rng.percent(30) { rng.below(50 * MS) } else { rng.below(heal_at * 3 / 4) },
         destination: rng.below(destinations as u64) as u16,
         max_attempts: *rng.pick(&[1, 2, 3, 5, 8]),
         delay: if rng.percent(10) { rng.below(2 * S) } else { 0 },
         attempts: if rng.percent(3) { rng.within(1, 6) as u32 } else { 0 },
-        kills: if poison == Some(event) { if rng.percent(70) { u32::MAX } else { rng.within(1, 4) as u32 } } else { 0 },
+        kills: if poison == Some(event) {
+            if rng.percent(70) { u32::MAX } else { rng.within(1, 4) as u32 }
+        } else {
+            0
+        },
         cursed: cursed == Some(event),
     };
     let mut plans: Vec<EventPlan> = (0..events).map(one).collect();
@@ -322,7 +322,17 @@ fn add_faults(schedule: &Schedule, rng: &mut Rng, faults: &mut Vec<Timed>) {
             }
         }
         Profile::Edge => {
-            for class in [C::Delay, C::Stall, C::LateCommit, C::LostReply, C::Loss, C::LockRow, C::Pause, C::DbStep, C::Manner] {
+            for class in [
+                C::Delay,
+                C::Stall,
+                C::LateCommit,
+                C::LostReply,
+                C::Loss,
+                C::LockRow,
+                C::Pause,
+                C::DbStep,
+                C::Manner,
+            ] {
                 if rng.percent(40) {
                     add(class, schedule, rng, faults);
                 }
@@ -386,7 +396,9 @@ fn add(class: Class, schedule: &Schedule, rng: &mut Rng, faults: &mut Vec<Timed>
             (Fault::ClockStep(slot, signed(rng, most)), 1)
         }
         Class::Drift => (Fault::Drift(slot, signed(rng, 20_000) as i32), lasts),
-        Class::Partition => (Fault::Partition(slot, *rng.pick(&[Cut::ToStore, Cut::FromStore, Cut::Both])), lasts),
+        Class::Partition => {
+            (Fault::Partition(slot, *rng.pick(&[Cut::ToStore, Cut::FromStore, Cut::Both])), lasts)
+        }
         Class::Loss => (Fault::Loss(rate), lasts),
         Class::Duplicate => (Fault::Duplicate(rate), lasts),
         Class::LostReply => (Fault::LostReply(rate), lasts),

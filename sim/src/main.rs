@@ -176,7 +176,10 @@ fn tell(schedule: &Schedule, options: Options, trace: bool, svg: Option<&Path>) 
 
 fn bugs(only: Option<Bug>, seeds: Option<u64>) -> bool {
     let mut good = true;
-    println!("{:<24} {:<8} {:<18} {:>7} {:>7}  also broken first", "bug", "place", "invariant", "seed", "budget");
+    println!(
+        "{:<24} {:<8} {:<18} {:>7} {:>7}  also broken first",
+        "bug", "place", "invariant", "seed", "budget"
+    );
     for bug in Bug::ALL.iter().copied().filter(|bug| only.is_none_or(|only| only == *bug)) {
         let options = Options { bug: Some(bug), ..Options::default() };
         let mut others: Vec<Invariant> = Vec::new();
@@ -197,17 +200,23 @@ fn bugs(only: Option<Bug>, seeds: Option<u64>) -> bool {
         }
         good &= first.is_some();
         let seed = first.map_or("UNFOUND".into(), |seed| seed.to_string());
-        let rate = seeds.map_or(String::new(), |seeds| format!(" {:.2} %", f64::from(hits) * 100.0 / seeds as f64));
+        let rate =
+            seeds.map_or(String::new(), |seeds| format!(" {:.2} %", f64::from(hits) * 100.0 / seeds as f64));
         let others: Vec<&str> = others.iter().map(|other| other.name()).collect();
         let (name, place, invariant) = (bug.name(), bug.place(), bug.invariant().name());
-        println!("{name:<24} {place:<8} {invariant:<18} {seed:>7} {:>7}  {}{rate}", bug.budget(), others.join(", "));
+        println!(
+            "{name:<24} {place:<8} {invariant:<18} {seed:>7} {:>7}  {}{rate}",
+            bug.budget(),
+            others.join(", ")
+        );
     }
     good
 }
 
 fn coverage(seeds: u64) -> bool {
     let options = Options::default();
-    let report = watched(&Plan { seeds: 0..seeds, profile: None, options, threads: cores(), enough: usize::MAX });
+    let report =
+        watched(&Plan { seeds: 0..seeds, profile: None, options, threads: cores(), enough: usize::MAX });
     for what in Sometimes::ALL {
         println!("{:>10}  {what}", report.stats.sometimes[*what as usize]);
     }
@@ -243,7 +252,9 @@ fn determinism(seeds: u64, print: bool) -> bool {
             let facts = |_| sim::run(&schedule, Options { keep: true, ..options }).facts;
             let (one, other) = (facts(1), facts(2));
             let differing = one.iter().zip(&other).find(|(one, other)| one != other);
-            println!("seed {seed} has two traces: {hash:016x} and {again:016x}; first difference: {differing:?}");
+            println!(
+                "seed {seed} has two traces: {hash:016x} and {again:016x}; first difference: {differing:?}"
+            );
         }
         if print {
             println!("{seed} {hash:016x}");
@@ -260,7 +271,8 @@ fn bench(seeds: u64) -> bool {
     println!("machine: {} ({} cores), one thread", model.unwrap_or("unknown"), cores());
     let options = Options::default();
     let began = std::time::Instant::now();
-    let report = search(&Plan { seeds: 0..seeds, profile: None, options, threads: 1, enough: usize::MAX }, &|_| {});
+    let report =
+        search(&Plan { seeds: 0..seeds, profile: None, options, threads: 1, enough: usize::MAX }, &|_| {});
     let took = began.elapsed().as_secs_f64();
     println!(
         "DES: {:.0} seeds/s, {:.2} M events/s, {:.2} M facts/s judged, {:.0} x real time",

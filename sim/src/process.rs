@@ -43,7 +43,6 @@ pub(crate) struct Request {
     pub(crate) stage: Stage,
     pub(crate) opened: bool,
     pub(crate) end: Option<End>,
-    pub(crate) start_before: Moment,
 }
 
 /// One start of a worker process.
@@ -81,7 +80,8 @@ impl World<'_> {
         let local = (plan.clock + self.now) as i64;
         let clock = LocalClock::new(self.now, local, plan.ppm);
         let settings = self.worker_settings[plan.settings].clone();
-        let machine = Worker::new(WorkerId::new(format!("w{worker}")), settings, Moment::from_micros(local as u64));
+        let machine =
+            Worker::new(WorkerId::new(format!("w{worker}")), settings, Moment::from_micros(local as u64));
         self.processes.push(Process {
             slot,
             machine,
@@ -195,7 +195,9 @@ impl World<'_> {
                 let (request, statement) = (book.request, book.statement);
                 let input = match self.options.bug {
                     Some(Bug::ReplyTwice) => None,
-                    _ => self.statement_input(statement, request, StoreFault::Unknown { error: String::new() }),
+                    _ => {
+                        self.statement_input(statement, request, StoreFault::Unknown { error: String::new() })
+                    }
                 };
                 self.give_up(call);
                 self.emit(Fact::CallFailed { worker, call });
@@ -316,15 +318,19 @@ impl World<'_> {
             Action::Renew(request, renew) => self.call(worker, request, Ask::Renew(renew)),
             Action::Settle(request, settle) => self.call(worker, request, Ask::Settle(settle)),
             Action::Owned(request, owned) => self.call(worker, request, Ask::Owned(owned)),
-            Action::Send { key, number, start_before, .. } => self.send(worker, now, key, number, start_before),
+            Action::Send { key, number, start_before, .. } => {
+                self.send(worker, now, key, number, start_before)
+            }
             Action::Abort { key } => {
                 let requests = &self.processes[worker as usize].requests;
-                let found = requests.iter().copied().find(|request| self.requests[*request as usize].key == key);
+                let found =
+                    requests.iter().copied().find(|request| self.requests[*request as usize].key == key);
                 if let Some(request) = found
                     && matches!(self.requests[request as usize].stage, Stage::Connecting | Stage::Open)
                 {
                     self.requests[request as usize].stage = Stage::Closing;
-                    let settings = &self.schedule.settings[self.schedule.slots[self.processes[worker as usize].slot].settings];
+                    let settings = &self.schedule.settings
+                        [self.schedule.slots[self.processes[worker as usize].slot].settings];
                     let most = self.schedule.pace.close.min(settings.fence_margin / 4);
                     let delay = self.pace.below(most + 1);
                     self.after(delay, Happening::Driver(worker, Item::Closed(request)));

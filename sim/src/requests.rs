@@ -1,6 +1,6 @@
 //! Requests to destinations.
 
-use leasehold::machine::{Input, LeaseKey, Moment};
+use leasehold::machine::{LeaseKey, Moment};
 use sim_oracle::{End, Fact, RetryAfter};
 
 use crate::bugs::Bug;
@@ -10,15 +10,22 @@ use crate::world::{Happening, World};
 
 impl World<'_> {
     /// The machine wants a request started: it is, unless its fence has come.
-    pub(crate) fn send(&mut self, worker: u32, now: Moment, key: LeaseKey, number: u32, start_before: Moment) {
+    pub(crate) fn send(
+        &mut self,
+        worker: u32,
+        now: Moment,
+        key: LeaseKey,
+        number: u32,
+        start_before: Moment,
+    ) {
         let unchecked = matches!(self.options.bug, Some(Bug::StartUnchecked | Bug::DeadlineFromReply));
         if now >= start_before && !unchecked {
             // Told to the machine at the next turn of the loop.
-            let request = self.request(worker, key, number, start_before);
+            let request = self.request(worker, key, number);
             self.requests[request as usize].stage = Stage::Closing;
             return self.after(0, Happening::Driver(worker, Item::Closed(request)));
         }
-        let request = self.request(worker, key, number, start_before);
+        let request = self.request(worker, key, number);
         let slot = self.processes[worker as usize].slot;
         let timeout = self.schedule.settings[self.schedule.slots[slot].settings].request_timeout;
         self.after(timeout, Happening::Driver(worker, Item::RequestTimedOut(request)));
@@ -30,10 +37,10 @@ impl World<'_> {
         }
     }
 
-    fn request(&mut self, worker: u32, key: LeaseKey, number: u32, start_before: Moment) -> u32 {
+    fn request(&mut self, worker: u32, key: LeaseKey, number: u32) -> u32 {
         let request = self.requests.len() as u32;
         let stage = Stage::Connecting;
-        self.requests.push(Request { worker, key, number, stage, opened: false, end: None, start_before });
+        self.requests.push(Request { worker, key, number, stage, opened: false, end: None });
         self.processes[worker as usize].requests.push(request);
         request
     }
@@ -125,10 +132,5 @@ impl World<'_> {
         book.end = Some(end);
         let Request { worker, key, .. } = *book;
         self.emit(Fact::RequestEnded { worker, event: key.row.0 as u32, token: key.token.0, end });
-    }
-
-    /// A hint: there may be new work.
-    pub(crate) fn hint(&mut self, worker: u32) {
-        self.input(worker, Input::Hint);
     }
 }

@@ -367,7 +367,8 @@ impl Schedule {
         let bounds = self.settings.iter().map(|settings| {
             settings.terms().convergence_bound(self.events.len() as u32, attempts, kills, RESTART_AFTER_KILL)
         });
-        let quiet = self.events.iter().map(|event| event.at + event.delay).max().unwrap_or(0).max(self.heal_at);
+        let quiet =
+            self.events.iter().map(|event| event.at + event.delay).max().unwrap_or(0).max(self.heal_at);
         quiet + bounds.max().unwrap_or(0)
     }
 

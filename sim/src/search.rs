@@ -15,7 +15,8 @@ use crate::{generate, profile_of};
 pub fn run(schedule: &Schedule, options: Options) -> Outcome {
     catch_unwind(AssertUnwindSafe(|| World::new(schedule, options).run())).unwrap_or_else(|panic| {
         let text = panic.downcast_ref::<String>().cloned();
-        let text = text.or_else(|| panic.downcast_ref::<&str>().map(|text| (*text).to_owned())).unwrap_or_default();
+        let text =
+            text.or_else(|| panic.downcast_ref::<&str>().map(|text| (*text).to_owned())).unwrap_or_default();
         Outcome {
             violation: Some(Violation { invariant: Invariant::Panic, text, at: 0 }),
             hash: 0,

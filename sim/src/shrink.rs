@@ -26,7 +26,11 @@ struct Shrinker {
 impl Shrinker {
     /// Takes a smaller schedule if it still breaks the invariant.
     fn offer(&mut self, schedule: Schedule) -> bool {
-        if self.runs >= self.most || schedule == self.best || schedule.slots.is_empty() || schedule.events.is_empty() {
+        if self.runs >= self.most
+            || schedule == self.best
+            || schedule.slots.is_empty()
+            || schedule.events.is_empty()
+        {
             return false;
         }
         self.runs += 1;
@@ -39,7 +43,11 @@ impl Shrinker {
     }
 
     /// Delta debugging over a list: drops halves, then quarters, and so on.
-    fn drop_from(&mut self, length: fn(&Schedule) -> usize, without: fn(&Schedule, usize, usize) -> Schedule) {
+    fn drop_from(
+        &mut self,
+        length: fn(&Schedule) -> usize,
+        without: fn(&Schedule, usize, usize) -> Schedule,
+    ) {
         let mut size = length(&self.best).div_ceil(2);
         while size >= 1 {
             let mut at = 0;

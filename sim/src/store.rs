@@ -2,9 +2,9 @@
 //! a late one, row locks, SKIP LOCKED, commits apart from replies, and a server that restarts and forgets.
 
 use leasehold::machine::{
-    Answer, ClaimAnswer, ClaimFailure, ClaimReply, ClaimRequest, DbClock, DbTime, DestinationKey, Grant, Incarnation,
-    LeaseKey, OwnedReply, OwnedRequest, RenewReply, RenewRequest, Row, RowId, Settle, SettleReply, SettleRequest, Status,
-    WorkerId,
+    Answer, ClaimAnswer, ClaimFailure, ClaimReply, ClaimRequest, DbClock, DbTime, DestinationKey, Grant,
+    Incarnation, LeaseKey, OwnedReply, OwnedRequest, RenewReply, RenewRequest, Row, RowId, Settle,
+    SettleReply, SettleRequest, Status, WorkerId,
 };
 use sim_oracle::{DbClockModel, Fact};
 use std::time::Duration;
@@ -14,7 +14,7 @@ use crate::schedule::EventPlan;
 
 /// Who has a row locked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Lock {
+pub(crate) enum Lock {
     /// Nobody.
     Free,
     /// A session that is none of ours.
@@ -34,7 +34,7 @@ struct Meta {
 
 /// What a statement asks for.
 #[derive(Clone, Debug)]
-pub enum Ask {
+pub(crate) enum Ask {
     /// See [`ClaimRequest`].
     Claim(ClaimRequest),
     /// See [`RenewRequest`].
@@ -47,7 +47,7 @@ pub enum Ask {
 
 /// What a statement answers.
 #[derive(Clone, Debug)]
-pub enum Reply {
+pub(crate) enum Reply {
     /// To a claim.
     Claim(ClaimReply),
     /// To a renewal.
@@ -64,19 +64,19 @@ pub enum Reply {
 
 /// One statement under way.
 #[derive(Clone, Debug)]
-pub struct Statement {
+pub(crate) struct Statement {
     /// The call that it belongs to.
-    pub call: u32,
+    pub(crate) call: u32,
     /// Whose call.
-    pub worker: u32,
+    pub(crate) worker: u32,
     /// What it asks.
-    pub ask: Ask,
+    pub(crate) ask: Ask,
     /// When it began, in true time.
-    pub began: u64,
+    pub(crate) began: u64,
     /// When it had its locks.
-    pub locked: u64,
+    pub(crate) locked: u64,
     /// Of which run of the server it is part.
-    pub epoch: u32,
+    pub(crate) epoch: u32,
     /// Rows that it has locked.
     rows: Vec<u32>,
     searched: bool,
@@ -84,27 +84,27 @@ pub struct Statement {
 
 impl Statement {
     /// A statement that has not begun.
-    pub fn new(call: u32, worker: u32, ask: Ask) -> Self {
+    pub(crate) fn new(call: u32, worker: u32, ask: Ask) -> Self {
         Self { call, worker, ask, began: 0, locked: 0, epoch: 0, rows: Vec::new(), searched: false }
     }
 }
 
 /// See the module's documentation.
 #[derive(Debug)]
-pub struct Store {
+pub(crate) struct Store {
     rows: Vec<Row>,
     meta: Vec<Meta>,
     /// Rows that are pending, in order.
     pending: Vec<u32>,
     keys: Vec<DestinationKey>,
     /// The server's clock.
-    pub clock: DbClockModel,
+    pub(crate) clock: DbClockModel,
     /// Whether it runs.
-    pub up: bool,
+    pub(crate) up: bool,
     /// Whether it refuses writes.
-    pub read_only: bool,
+    pub(crate) read_only: bool,
     /// Counts the server's runs.
-    pub epoch: u32,
+    pub(crate) epoch: u32,
     incarnation: Incarnation,
     booted: u64,
     /// Rows before each commit, if a failover may want them: (when, row, what it was).
@@ -117,7 +117,7 @@ pub struct Store {
 
 impl Store {
     /// An empty outbox whose server has been up for long.
-    pub fn new(epoch: i64, destinations: usize, forgets: bool, bug: Option<Bug>) -> Self {
+    pub(crate) fn new(epoch: i64, destinations: usize, forgets: bool, bug: Option<Bug>) -> Self {
         Self {
             rows: Vec::new(),
             meta: Vec::new(),
@@ -146,7 +146,7 @@ impl Store {
     }
 
     /// A producer's commit.
-    pub fn insert(&mut self, now: u64, plan: &EventPlan) -> i64 {
+    pub(crate) fn insert(&mut self, now: u64, plan: &EventPlan) -> i64 {
         let due = self.db(now).after(Duration::from_micros(plan.delay));
         let row = self.rows.len() as u32;
         self.rows.push(Row { attempts: plan.attempts, ..Row::new(plan.max_attempts, due) });
@@ -160,7 +160,7 @@ impl Store {
     }
 
     /// Takes locks. Answers `false` if the statement waits for one.
-    pub fn begin_work(&mut self, id: u32, statement: &mut Statement, now: u64) -> bool {
+    pub(crate) fn begin_work(&mut self, id: u32, statement: &mut Statement, now: u64) -> bool {
         statement.locked = now;
         match &statement.ask {
             Ask::Claim(request) => {
@@ -168,7 +168,9 @@ impl Store {
                 self.select(id, statement, &request);
             }
             Ask::Renew(request) => {
-                if request.wait && let Some(row) = request.keys.first().map(|key| row_of(*key)) {
+                if request.wait
+                    && let Some(row) = request.keys.first().map(|key| row_of(*key))
+                {
                     if self.meta[row as usize].lock != Lock::Free {
                         self.waiting.push((row, id));
                         return false;
@@ -220,7 +222,8 @@ impl Store {
                     state.eligible(seen.after(terms.grace + terms.lease / 10), &terms)
                 }
                 Some(Bug::ClaimTerminal) => {
-                    let again = state.status == Status::Delivered && seen.since(state.next_attempt_at).as_secs() > 3;
+                    let again =
+                        state.status == Status::Delivered && seen.since(state.next_attempt_at).as_secs() > 3;
                     again || state.eligible(seen, &terms)
                 }
                 _ => state.eligible(seen, &terms),
@@ -262,7 +265,7 @@ impl Store {
     }
 
     /// Whether the statement would be refused for good: it settles a cursed row.
-    pub fn impossible(&self, statement: &Statement) -> Option<Vec<LeaseKey>> {
+    pub(crate) fn impossible(&self, statement: &Statement) -> Option<Vec<LeaseKey>> {
         let Ask::Settle(request) = &statement.ask else { return None };
         let cursed = request.entries.iter().filter(|(key, settle)| {
             self.meta[row_of(*key) as usize].cursed && !matches!(settle, Settle::Release { .. })
@@ -272,12 +275,12 @@ impl Store {
     }
 
     /// A statement's client has gone while it waits for a lock.
-    pub fn stop_waiting(&mut self, id: u32) {
+    pub(crate) fn stop_waiting(&mut self, id: u32) {
         self.waiting.retain(|(_, other)| *other != id);
     }
 
     /// After a commit: lets go of the statement's rows.
-    pub fn finish(&mut self, id: u32, statement: &Statement) -> Option<u32> {
+    pub(crate) fn finish(&mut self, id: u32, statement: &Statement) -> Option<u32> {
         self.unlock(id, &statement.rows)
     }
 
@@ -299,7 +302,7 @@ impl Store {
     }
 
     /// An outside session locks a row, if nobody has it.
-    pub fn lock_outside(&mut self, row: u32) -> bool {
+    pub(crate) fn lock_outside(&mut self, row: u32) -> bool {
         let Some(meta) = self.meta.get_mut(row as usize) else { return false };
         let free = meta.lock == Lock::Free;
         if free {
@@ -309,7 +312,7 @@ impl Store {
     }
 
     /// And lets go of it. Answers whether it still had it, and who may go on now.
-    pub fn unlock_outside(&mut self, row: u32) -> (bool, Option<u32>) {
+    pub(crate) fn unlock_outside(&mut self, row: u32) -> (bool, Option<u32>) {
         match self.meta.get(row as usize) {
             Some(Meta { lock: Lock::Outside, .. }) => (true, self.free(row)),
             _ => (false, None),
@@ -317,8 +320,9 @@ impl Store {
     }
 
     /// Rolls a statement back: its rows are as they were.
-    pub fn roll_back(&mut self, id: u32, statement: &Statement, facts: &mut Vec<Fact>) -> Option<u32> {
-        let dropped = statement.rows.iter().map(|row| Fact::LockDropped { event: *row, since: statement.locked });
+    pub(crate) fn roll_back(&mut self, id: u32, statement: &Statement, facts: &mut Vec<Fact>) -> Option<u32> {
+        let dropped =
+            statement.rows.iter().map(|row| Fact::LockDropped { event: *row, since: statement.locked });
         facts.extend(dropped);
         self.unlock(id, &statement.rows)
     }
@@ -338,7 +342,7 @@ impl Store {
     }
 
     /// The commit: applies the statement to the rows that it has locked.
-    pub fn commit(&mut self, statement: &Statement, now: u64, facts: &mut Vec<Fact>) -> Reply {
+    pub(crate) fn commit(&mut self, statement: &Statement, now: u64, facts: &mut Vec<Fact>) -> Reply {
         let clock = DbClock { early: self.db(statement.began), late: self.db(statement.locked) };
         match &statement.ask {
             Ask::Claim(request) => Reply::Claim(self.claim(statement, request, clock, now, facts)),
@@ -407,7 +411,8 @@ impl Store {
             }
         }
         let late = clock.late;
-        let unleased = self.pending.iter().map(|row| &self.rows[*row as usize]).filter(|row| row.lease.is_none());
+        let unleased =
+            self.pending.iter().map(|row| &self.rows[*row as usize]).filter(|row| row.lease.is_none());
         let due = unleased.map(|row| row.next_attempt_at).filter(|due| *due > clock.early).min();
         ClaimReply {
             db_now: late,
@@ -435,7 +440,13 @@ impl Store {
             Some(Bug::LeaseFromEarlyClock) => clock.late = clock.early,
             Some(Bug::ClaimIgnoresSpent) => row.attempts = 0,
             Some(Bug::ClaimTerminal) => row.status = Status::Pending,
-            Some(Bug::GraceIgnored | Bug::ReclaimEarly | Bug::ClaimLateClock | Bug::DoubleClaim | Bug::ClaimIgnoresDue) => {
+            Some(
+                Bug::GraceIgnored
+                | Bug::ReclaimEarly
+                | Bug::ClaimLateClock
+                | Bug::DoubleClaim
+                | Bug::ClaimIgnoresDue,
+            ) => {
                 let until = row.lease.as_ref().map_or(clock.early, |lease| lease.until.after(terms.grace));
                 clock.early = clock.early.max(until).max(due);
             }
@@ -479,7 +490,15 @@ impl Store {
                 Answer::Skipped
             };
             let until = self.rows[event as usize].lease.as_ref().map_or(0, |lease| lease.until.as_micros());
-            facts.push(Fact::Renewed { worker, call, event, token: key.token.0, answer: plain(answer), until, locked });
+            facts.push(Fact::Renewed {
+                worker,
+                call,
+                event,
+                token: key.token.0,
+                answer: plain(answer),
+                until,
+                locked,
+            });
             answers.push((*key, answer));
         }
         RenewReply { db_now: clock.late, answers }
@@ -543,7 +562,14 @@ impl Store {
         SettleReply { db_now: clock.late, answers }
     }
 
-    fn settle_row(&mut self, event: u32, clock: DbClock, owner: &WorkerId, key: LeaseKey, settle: &Settle) -> Answer {
+    fn settle_row(
+        &mut self,
+        event: u32,
+        clock: DbClock,
+        owner: &WorkerId,
+        key: LeaseKey,
+        settle: &Settle,
+    ) -> Answer {
         let row = &mut self.rows[event as usize];
         let attempts = row.attempts;
         let holder = row.lease.as_ref().map(|lease| lease.owner.clone());
@@ -553,7 +579,9 @@ impl Store {
                 row.settle(clock, &holder, row.token, settle)
             }
             Some(Bug::SettleIgnoresToken) => row.settle(clock, owner, row.token, settle),
-            Some(Bug::SettleRefusesExpired) if row.lease.as_ref().is_some_and(|lease| lease.until < clock.late) => {
+            Some(Bug::SettleRefusesExpired)
+                if row.lease.as_ref().is_some_and(|lease| lease.until < clock.late) =>
+            {
                 Answer::Refused
             }
             Some(Bug::SettleTerminalAgain) => match row.settle(clock, owner, key.token, settle) {
@@ -584,7 +612,7 @@ impl Store {
     }
 
     /// The server goes down. Its locks and the statements that waited for them are gone.
-    pub fn go_down(&mut self, facts: &mut Vec<Fact>) {
+    pub(crate) fn go_down(&mut self, facts: &mut Vec<Fact>) {
         self.up = false;
         self.epoch += 1;
         self.waiting.clear();
@@ -598,7 +626,7 @@ impl Store {
     }
 
     /// The server is up again, another incarnation. It has forgotten what committed after `forgotten`.
-    pub fn come_up(&mut self, now: u64, forgotten: Option<u64>, facts: &mut Vec<Fact>) {
+    pub(crate) fn come_up(&mut self, now: u64, forgotten: Option<u64>, facts: &mut Vec<Fact>) {
         self.up = true;
         self.booted = now;
         self.incarnation = Incarnation::new(format!("server {}", self.epoch));
@@ -638,12 +666,14 @@ impl Store {
             });
         }
         self.pending = (0..self.rows.len() as u32)
-            .filter(|row| self.meta[*row as usize].exists && self.rows[*row as usize].status == Status::Pending)
+            .filter(|row| {
+                self.meta[*row as usize].exists && self.rows[*row as usize].status == Status::Pending
+            })
             .collect();
     }
 
     /// The store's own count.
-    pub fn census(&self) -> Fact {
+    pub(crate) fn census(&self) -> Fact {
         let (mut pending, mut delivered, mut failed) = (0, 0, 0);
         for (row, _) in self.rows.iter().zip(&self.meta).filter(|(_, meta)| meta.exists) {
             match row.status {

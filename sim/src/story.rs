@@ -35,9 +35,10 @@ fn line(schedule: &Schedule, fact: &Fact, begun: &mut [bool]) -> Option<(String,
     let db = || "db".to_owned();
     let since = |time: i64| seconds(time - EPOCH);
     Some(match *fact {
-        Fact::EventCommitted { event, destination, due, max_attempts, .. } => {
-            ("producer".into(), format!("event {event} for d{destination}, due {}, {max_attempts} tries", since(due)))
-        }
+        Fact::EventCommitted { event, destination, due, max_attempts, .. } => (
+            "producer".into(),
+            format!("event {event} for d{destination}, due {}, {max_attempts} tries", since(due)),
+        ),
         Fact::WorkerUp { worker: w, slot, local, .. } => {
             (worker(w), format!("starts in slot {slot}; its clock shows {}", seconds(local)))
         }
@@ -58,9 +59,10 @@ fn line(schedule: &Schedule, fact: &Fact, begun: &mut [bool]) -> Option<(String,
         Fact::ClaimFailed { worker: w, event, why, .. } => {
             (db(), format!("the claim of {} fails {event}: {why:?}", worker(w)))
         }
-        Fact::Renewed { worker: w, call, event, token, answer, until, .. } => {
-            (db(), format!("{} renews {event}#{token}: {answer:?}, until {} (call {call})", worker(w), since(until)))
-        }
+        Fact::Renewed { worker: w, call, event, token, answer, until, .. } => (
+            db(),
+            format!("{} renews {event}#{token}: {answer:?}, until {} (call {call})", worker(w), since(until)),
+        ),
         Fact::Settled { worker: w, call, event, token, settle, answer, .. } => {
             (db(), format!("{} settles {event}#{token} as {settle:?}: {answer:?} (call {call})", worker(w)))
         }

@@ -43,7 +43,8 @@ fn collect(schedule: &Schedule, facts: &[(u64, Fact)], end: u64) -> Lanes {
     let database = workers;
     let destination = |event: u32| workers + 1 + usize::from(schedule.events[event as usize].destination);
     let (mut leases, mut requests): (Vec<Stretch>, Vec<Stretch>) = (Vec::new(), Vec::new());
-    let (mut up, mut stopped): (Vec<Option<u64>>, Vec<Option<u64>>) = (vec![None; workers], vec![None; workers]);
+    let (mut up, mut stopped): (Vec<Option<u64>>, Vec<Option<u64>>) =
+        (vec![None; workers], vec![None; workers]);
     let mut down = None;
     let mut bars = Vec::new();
     for &(at, fact) in facts {
@@ -81,8 +82,15 @@ fn collect(schedule: &Schedule, facts: &[(u64, Fact)], end: u64) -> Lanes {
             }
             Fact::RequestOpened { worker, event, token, .. } => requests.push((worker, event, token, at)),
             Fact::RequestEnded { worker, event, token, end } => {
-                for (_, _, _, from) in take(&mut requests, |open| (open.0, open.1, open.2) == (worker, event, token)) {
-                    bar(destination(event), from, "request", format!("{event}#{token} by worker {worker}: {end:?}"));
+                for (_, _, _, from) in
+                    take(&mut requests, |open| (open.0, open.1, open.2) == (worker, event, token))
+                {
+                    bar(
+                        destination(event),
+                        from,
+                        "request",
+                        format!("{event}#{token} by worker {worker}: {end:?}"),
+                    );
                 }
             }
             Fact::DbDown => down = Some(at),
@@ -91,7 +99,9 @@ fn collect(schedule: &Schedule, facts: &[(u64, Fact)], end: u64) -> Lanes {
                     bar(database, from, "stop", format!("down, {lost} commits lost"));
                 }
             }
-            Fact::DbStepped { by } => lanes.ticks.push((database, at, "refused", format!("clock stepped by {by} us"))),
+            Fact::DbStepped { by } => {
+                lanes.ticks.push((database, at, "refused", format!("clock stepped by {by} us")))
+            }
             Fact::CallFailed { worker, call } => {
                 lanes.ticks.push((worker as usize, at, "failed", format!("call {call} failed")));
             }
@@ -195,7 +205,10 @@ pub fn timeline(schedule: &Schedule, facts: &[(u64, Fact)], violation: Option<&V
     }
     if let Some(violation) = violation {
         let x = x(violation.at);
-        let _ = writeln!(svg, "<line x1=\"{x:.1}\" x2=\"{x:.1}\" y1=\"20\" y2=\"{height}\" stroke=\"red\" stroke-width=\"2\"/>");
+        let _ = writeln!(
+            svg,
+            "<line x1=\"{x:.1}\" x2=\"{x:.1}\" y1=\"20\" y2=\"{height}\" stroke=\"red\" stroke-width=\"2\"/>"
+        );
     }
     svg.push_str("</svg>\n");
     svg

@@ -56,19 +56,19 @@ impl Hasher for Rolling {
 
 /// See the module's documentation.
 #[derive(Debug)]
-pub struct Trace {
+pub(crate) struct Trace {
     hash: Rolling,
     facts: Option<Vec<(u64, Fact)>>,
 }
 
 impl Trace {
     /// An empty trace; `keep` keeps the facts.
-    pub fn new(keep: bool) -> Self {
+    pub(crate) fn new(keep: bool) -> Self {
         Self { hash: Rolling(0x1ea5_e401d), facts: keep.then(Vec::new) }
     }
 
     /// Adds a fact.
-    pub fn push(&mut self, at: u64, fact: &Fact) {
+    pub(crate) fn push(&mut self, at: u64, fact: &Fact) {
         self.hash.write_u64(at);
         fact.hash(&mut self.hash);
         if let Some(facts) = &mut self.facts {
@@ -77,12 +77,12 @@ impl Trace {
     }
 
     /// The hash of everything so far.
-    pub fn hash(&self) -> u64 {
+    pub(crate) fn hash(&self) -> u64 {
         self.hash.0
     }
 
     /// The facts, if they were kept.
-    pub fn into_facts(self) -> Vec<(u64, Fact)> {
+    pub(crate) fn into_facts(self) -> Vec<(u64, Fact)> {
         self.facts.unwrap_or_default()
     }
 }

@@ -6,17 +6,31 @@ pub type Micros = u64;
 /// A reading of the database's clock in microseconds since the Unix epoch.
 pub type DbMicros = i64;
 
-/// Which stream of store calls a call belongs to. Calls of one lane follow each other.
+/// What a store call is. Calls of one lane follow each other.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Lane {
-    /// Claims, and looks at what a worker owns.
+    /// Claims.
     Claim,
+    /// Looks at what a worker owns. They take turns with claims: both are one lane.
+    Owned,
     /// Batched renewals.
     Renew,
     /// Renewals that wait for one row.
     RenewAlone,
     /// Settles.
     Settle,
+}
+
+impl Lane {
+    /// The number of its lane.
+    pub(crate) fn number(self) -> usize {
+        match self {
+            Self::Claim | Self::Owned => 0,
+            Self::Renew => 1,
+            Self::RenewAlone => 2,
+            Self::Settle => 3,
+        }
+    }
 }
 
 /// The store's answer to a guarded write.
@@ -106,7 +120,14 @@ pub enum Status {
 #[allow(missing_docs, reason = "the fields are named after the words of the design")]
 pub enum Fact {
     /// A producer's insert committed.
-    EventCommitted { event: u32, destination: u16, attempts: u32, max_attempts: u32, due: DbMicros, poison: bool },
+    EventCommitted {
+        event: u32,
+        destination: u16,
+        attempts: u32,
+        max_attempts: u32,
+        due: DbMicros,
+        poison: bool,
+    },
     /// A worker process started; its own clock shows `local` now and gains `ppm`.
     WorkerUp { worker: u32, slot: u16, terms: u16, local: i64, ppm: i32 },
     /// A worker process was stopped (its clock is another matter).

@@ -9,17 +9,25 @@ use crate::{Oracle, Sometimes};
 pub(crate) const OVERLAP: &[Excuse] =
     &[Excuse::Stopped, Excuse::ClockWrong, Excuse::DbStepped, Excuse::CommitLost, Excuse::Impossible];
 
+/// Whoever takes a lease that ran out: its `G`, and when its statement began.
+#[derive(Clone, Copy)]
+pub(crate) struct Taker {
+    pub(crate) grace: u64,
+    pub(crate) began: Micros,
+}
+
 impl Oracle {
-    /// What excuses a lease's holder for losing it now. `grace` is the `G` of whoever takes it.
+    /// What excuses a lease's holder for losing it now.
     ///
     /// A stop, a missed call or a clock's error before the last renewal that was applied has done no harm: only the
     /// time since then counts. That is stricter than "since its claim".
-    pub(crate) fn excuses(&self, lease: &Lease, grace: Option<u64>) -> Excuses {
+    pub(crate) fn excuses(&self, lease: &Lease, taker: Option<Taker>) -> Excuses {
         let holder = &self.workers[lease.worker as usize];
         let terms = self.terms_of(lease.worker);
         let (reach, margin) = (terms.lease + terms.reclaim_grace, terms.fence_margin);
-        let grace = grace.unwrap_or(terms.reclaim_grace);
-        let since = lease.applied_at.max(self.now.saturating_sub(reach + terms.heartbeat + 2 * terms.store_timeout));
+        let Taker { grace, began } = taker.unwrap_or(Taker { grace: terms.reclaim_grace, began: self.now });
+        let since =
+            lease.applied_at.max(self.now.saturating_sub(reach + terms.heartbeat + 2 * terms.store_timeout));
         let calls_since = since.saturating_sub(terms.store_timeout);
         let mut excuses = Excuses::default();
         excuses.add(Excuse::Crashed, matches!(holder.down, Some(Down::Crash | Down::Poison(_))));
@@ -33,7 +41,7 @@ impl Oracle {
         let locked = event.locked_since.is_some_and(|from| self.now - from > terms.store_timeout)
             || (event.long_lock.0 >= since && event.long_lock.1 > terms.store_timeout);
         excuses.add(Excuse::RowLocked, locked);
-        excuses.add(Excuse::DbStepped, self.db.stepped_since(since) > grace);
+        excuses.add(Excuse::DbStepped, self.db.stepped_since(since.min(began)) > grace);
         excuses.add(Excuse::CommitLost, self.last_loss.is_some_and(|at| at >= lease.claimed_at));
         excuses.add(Excuse::Draining, holder.drain_began.is_some());
         excuses.add(Excuse::BornDead, lease.born_dead);
@@ -48,10 +56,10 @@ impl Oracle {
         drift + book.clock_stepped_since(since)
     }
 
-    /// A lease ended without being reclaimed (`reclaimer` is `None`) or by it: counts whether the promise held for it.
-    pub(crate) fn lease_over(&mut self, lease: u32, grace: Option<u64>) -> Excuses {
+    /// A lease ended, taken by somebody or not: counts whether the promise held for it.
+    pub(crate) fn lease_over(&mut self, lease: u32, taker: Option<Taker>) -> Excuses {
         let book = &self.leases[lease as usize];
-        let excuses = self.excuses(book, grace);
+        let excuses = self.excuses(book, taker);
         if excuses.none() {
             self.stats.healthy += 1;
             self.stats.healthy_renewed += u64::from(book.renewals > 0);

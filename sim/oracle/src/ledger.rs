@@ -2,6 +2,7 @@
 
 use crate::clock::LocalClock;
 use crate::fact::{DbMicros, Down, End, Lane, Micros, Status};
+use crate::violation::Excuses;
 
 /// No lease, no link.
 pub(crate) const NONE: u32 = u32::MAX;
@@ -29,6 +30,8 @@ pub(crate) struct Lease {
     pub(crate) known: i64,
     pub(crate) impossible: bool,
     pub(crate) born_dead: bool,
+    /// What excused its loss when it was taken.
+    pub(crate) lost: Excuses,
     /// The event's lease before this one.
     pub(crate) before: u32,
 }

@@ -205,7 +205,15 @@ impl Oracle {
                 Ok(())
             }
             Fact::RowRestored { event, status, attempts, due, token, reclaims, owner, until } => {
-                self.restored(event, status, attempts, due, reclaims, owner.map(|owner| (owner, token)), until);
+                self.restored(
+                    event,
+                    status,
+                    attempts,
+                    due,
+                    reclaims,
+                    owner.map(|owner| (owner, token)),
+                    until,
+                );
                 self.events[event as usize].token = token;
                 Ok(())
             }
@@ -236,7 +244,8 @@ impl Oracle {
                 ensure!(self, L1, self.now < by, "{} events are not terminal in time: {text}", self.pending);
             }
         }
-        let leased: Vec<u32> = self.events.iter().filter(|event| event.lease != NONE).map(|event| event.lease).collect();
+        let leased: Vec<u32> =
+            self.events.iter().filter(|event| event.lease != NONE).map(|event| event.lease).collect();
         for lease in leased {
             self.lease_over(lease, None);
         }

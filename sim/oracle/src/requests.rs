@@ -7,7 +7,7 @@ use crate::{Oracle, Sometimes, Verdict, ensure};
 
 impl Oracle {
     /// How far a lease is past its fence by its holder's own clock, without the time for which the holder was stopped
-    /// since; and whether such a time was left out.
+    /// since; and whether such a time, or an error of its clock, was left out.
     fn past_fence(&self, lease: u32) -> Option<(u64, bool)> {
         let book = &self.leases[lease as usize];
         let (worker, terms) = (&self.workers[book.worker as usize], self.terms_of(book.worker));
@@ -18,13 +18,19 @@ impl Oracle {
         let past = u64::try_from(worker.clock.at(self.now) - fence).ok()?;
         let since = self.now.saturating_sub(past + 1);
         let stopped = worker.stopped_between(since, self.now);
-        let stepped = worker.clock_stepped_since(since);
-        Some((past.saturating_sub(stopped + stepped), stopped > 0))
+        // A clock that was set back before the claim may have been making up for it then.
+        let stepped = worker.clock_stepped_since(since.min(book.claimed_at));
+        Some((past.saturating_sub(stopped + stepped), stopped + stepped > 0))
     }
 
     pub(crate) fn request_opened(&mut self, worker: u32, event: u32, token: i64, number: u32) -> Verdict {
         let found = self.find(event, worker, token);
-        ensure!(self, S5, found.is_some(), "worker {worker} opened a request for event {event} without a lease");
+        ensure!(
+            self,
+            S5,
+            found.is_some(),
+            "worker {worker} opened a request for event {event} without a lease"
+        );
         let Some(lease) = found else { return Ok(()) };
         if let Some((past, stopped)) = self.past_fence(lease) {
             if stopped {
@@ -38,7 +44,12 @@ impl Oracle {
             );
         }
         let book = &self.leases[lease as usize];
-        ensure!(self, S6, !book.opened, "worker {worker} opened a second request for event {event} under one token");
+        ensure!(
+            self,
+            S6,
+            !book.opened,
+            "worker {worker} opened a second request for event {event} under one token"
+        );
         let row = &self.events[event as usize];
         let current = row.lease == lease && self.last_loss.is_none();
         ensure!(
@@ -53,7 +64,8 @@ impl Oracle {
             while other != NONE {
                 let open = &self.leases[other as usize];
                 if open.open {
-                    let excused = open.worker != worker && (self.overlap_excused(other) || self.overlap_excused(lease));
+                    let excused =
+                        open.worker != worker && (self.overlap_excused(other) || self.overlap_excused(lease));
                     ensure!(
                         self,
                         S4,

@@ -236,7 +236,11 @@ impl Stats {
 impl fmt::Display for Stats {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let all = self.healthy + self.excused.iter().sum::<u64>();
-        writeln!(f, "leases under the promise: {} ({} renewed) of {all}", self.healthy, self.healthy_renewed)?;
+        writeln!(
+            f,
+            "leases under the promise: {} ({} renewed) of {all}",
+            self.healthy, self.healthy_renewed
+        )?;
         write!(f, "excused:")?;
         for excuse in Excuse::ALL {
             write!(f, " {excuse} {};", self.excused[*excuse as usize])?;

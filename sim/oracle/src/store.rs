@@ -1,8 +1,9 @@
 //! What commits: **S1**, **S2**, **S5**, **S6**, **S7**, **S8**, and the waiting times **L2** and **L3**.
 
 use crate::fact::{Answer, DbMicros, Down, End, Micros, RetryAfter, Settle, Spent, Status};
-use crate::ledger::{Event, Lease, Link, NONE, UNKNOWN, entry};
-use crate::violation::Excuse;
+use crate::health::Taker;
+use crate::ledger::{Event, Lease, Link, NONE, UNKNOWN, Worker, entry};
+use crate::violation::Excuses;
 use crate::{Change, Invariant, Oracle, RowState, Sometimes, Verdict, ensure};
 
 /// A claim of one row.
@@ -104,7 +105,13 @@ impl Oracle {
         let early = self.db.at(began);
         let grace = self.terms_of(worker).reclaim_grace;
         let book = &self.events[event as usize];
-        ensure!(self, S7, book.status == Status::Pending, "event {event} is {:?} and was claimed", book.status);
+        ensure!(
+            self,
+            S7,
+            book.status == Status::Pending,
+            "event {event} is {:?} and was claimed",
+            book.status
+        );
         ensure!(self, S8, book.exists, "event {event} was never committed and was claimed");
         ensure!(
             self,
@@ -130,7 +137,8 @@ impl Oracle {
         if self.leases[lease as usize].open {
             self.stats.saw(Sometimes::ReclaimWhileOpen);
         }
-        let excuses = self.lease_over(lease, Some(grace));
+        let excuses = self.lease_over(lease, Some(Taker { grace, began }));
+        self.leases[lease as usize].lost = excuses;
         let holder = self.leases[lease as usize].worker;
         ensure!(
             self,
@@ -179,7 +187,12 @@ impl Oracle {
         let was_leased = self.claimable(claim, true)?;
         let terms = *self.terms_of(worker);
         let book = &self.events[event as usize];
-        ensure!(self, S1, reclaimed == was_leased, "the claim of event {event} took a run-out for none, or the reverse");
+        ensure!(
+            self,
+            S1,
+            reclaimed == was_leased,
+            "the claim of event {event} took a run-out for none, or the reverse"
+        );
         let late = self.db.at(locked);
         ensure!(
             self,
@@ -190,9 +203,21 @@ impl Oracle {
         );
         // A lost number comes again only if the clock went back as well.
         let again = self.last_loss.is_some() && self.db.stepped_since(1) > 0 && token > book.token;
-        ensure!(self, S5, token > book.top_token || again, "event {event} got token {token} after {}", book.top_token);
+        ensure!(
+            self,
+            S5,
+            token > book.top_token || again,
+            "event {event} got token {token} after {}",
+            book.top_token
+        );
         let limit = terms.tries(book.max_attempts);
-        ensure!(self, S6, book.attempts < limit, "event {event} was leased with {} of {limit} tries spent", book.attempts);
+        ensure!(
+            self,
+            S6,
+            book.attempts < limit,
+            "event {event} was leased with {} of {limit} tries spent",
+            book.attempts
+        );
         if book.reclaims >= PROBATION {
             self.stats.saw(Sometimes::Probation);
         }
@@ -211,7 +236,9 @@ impl Oracle {
             end: None,
             known: UNKNOWN,
             impossible: false,
-            born_dead: until <= self.db.at(self.now) + (2 * terms.store_timeout + terms.fence_margin) as i64,
+            lost: Excuses::default(),
+            born_dead: self.calls[call as usize].over
+                && until <= self.db.at(self.now) + (4 * terms.store_timeout + terms.fence_margin) as i64,
             before: book.last,
         });
         let another = book.last == NONE || self.leases[book.last as usize].worker != worker;
@@ -238,9 +265,20 @@ impl Oracle {
         }
         self.stats.checked[Invariant::S9 as usize] += 1;
         let (held, there) = (holder.held, *entry(&mut holder.held_by_destination, destination));
-        ensure!(self, S9, held <= terms.max_leased, "worker {worker} holds {held} of {} leases", terms.max_leased);
+        ensure!(
+            self,
+            S9,
+            held <= terms.max_leased,
+            "worker {worker} holds {held} of {} leases",
+            terms.max_leased
+        );
         let share = 2 * terms.max_in_flight_per_destination;
-        ensure!(self, S9, there <= share, "worker {worker} holds {there} leases of one destination, share {share}");
+        ensure!(
+            self,
+            S9,
+            there <= share,
+            "worker {worker} holds {there} leases of one destination, share {share}"
+        );
         Ok(())
     }
 
@@ -249,7 +287,10 @@ impl Oracle {
         self.late_commit(call);
         let change = if why == Spent::Attempts { Change::FailAttempts } else { Change::FailReclaims };
         self.met(event, began, change);
-        self.claimable(claim, false)?;
+        if self.claimable(claim, false)? {
+            // Taken from an owner: the token rose, to a number that nobody is told.
+            self.events[event as usize].token = i64::MAX;
+        }
         let terms = *self.terms_of(worker);
         let book = &self.events[event as usize];
         match why {
@@ -291,7 +332,12 @@ impl Oracle {
         let Guarded { worker, event, token, answer, .. } = write;
         let book = &self.events[event as usize];
         if !book.exists {
-            ensure!(self, S8, answer != Answer::Applied, "event {event} is not in the outbox and was written to");
+            ensure!(
+                self,
+                S8,
+                answer != Answer::Applied,
+                "event {event} is not in the outbox and was written to"
+            );
             return Ok(());
         }
         let holder = (book.lease != NONE).then(|| &self.leases[book.lease as usize]);
@@ -356,7 +402,13 @@ impl Oracle {
         Ok(())
     }
 
-    pub(crate) fn settled(&mut self, write: Guarded, settle: Settle, attempts: u32, due: DbMicros) -> Verdict {
+    pub(crate) fn settled(
+        &mut self,
+        write: Guarded,
+        settle: Settle,
+        attempts: u32,
+        due: DbMicros,
+    ) -> Verdict {
         let Guarded { worker, call, event, answer, locked, .. } = write;
         self.late_commit(call);
         let change = match (answer, settle) {
@@ -425,7 +477,8 @@ impl Oracle {
         ensure!(
             self,
             S6,
-            my_attempts == attempts && (my_due == due || !matches!(settle, Settle::Retry(_) | Settle::Release(_))),
+            my_attempts == attempts
+                && (my_due == due || !matches!(settle, Settle::Retry(_) | Settle::Release(_))),
             "after a settle event {event} has {attempts} attempts and is due at {due}; that should be {my_attempts} and \
              {my_due}"
         );
@@ -448,10 +501,20 @@ impl Oracle {
         match settle {
             Settle::Delivered => {
                 let success = matches!(end, End::Status(200..=299, _));
-                ensure!(self, S7, success && row.successes > 0, "event {event} is delivered, but ended with {end:?}");
+                ensure!(
+                    self,
+                    S7,
+                    success && row.successes > 0,
+                    "event {event} is delivered, but ended with {end:?}"
+                );
             }
             Settle::Failed { tried: false } => {
-                ensure!(self, S6, end == End::Undeliverable, "event {event} failed without a try, but ended with {end:?}");
+                ensure!(
+                    self,
+                    S6,
+                    end == End::Undeliverable,
+                    "event {event} failed without a try, but ended with {end:?}"
+                );
             }
             Settle::Failed { tried: true } => {
                 let at_once = matches!(end, End::Status(status, _) if status == terms.fail_status);
@@ -465,9 +528,19 @@ impl Oracle {
                 ensure!(self, S7, !success, "event {event} failed, but its request ended with {end:?}");
             }
             Settle::Retry(delay) => {
-                ensure!(self, S6, tries < limit, "event {event} is to be retried after {tries} of {limit} tries");
+                ensure!(
+                    self,
+                    S6,
+                    tries < limit,
+                    "event {event} is to be retried after {tries} of {limit} tries"
+                );
                 let success = matches!(end, End::Status(200..=299, _) | End::Undeliverable | End::Closed);
-                ensure!(self, S6, !success, "event {event} is to be retried, but its request ended with {end:?}");
+                ensure!(
+                    self,
+                    S6,
+                    !success,
+                    "event {event} is to be retried, but its request ended with {end:?}"
+                );
                 return self.delay(call, lease, tries, end, delay);
             }
             Settle::Release(_) => {
@@ -499,7 +572,9 @@ impl Oracle {
         let (mut least, mut most) = terms.delay_bounds(tries);
         let asked = match end {
             End::Status(429 | 503, Some(RetryAfter::Delay(asked))) => asked,
-            End::Status(429 | 503, Some(RetryAfter::Date(date))) => u64::try_from(date - self.db.at(known_at)).unwrap_or(0),
+            End::Status(429 | 503, Some(RetryAfter::Date(date))) => {
+                u64::try_from(date - self.db.at(known_at)).unwrap_or(0)
+            }
             _ => 0,
         };
         if asked > terms.retry_after_max {
@@ -547,7 +622,10 @@ impl Oracle {
         let ready = self.workers.iter().filter(|worker| {
             worker.down.is_none() && worker.stopped_since.is_none() && worker.drain_began.is_none()
         });
-        let ready = ready.filter(|worker| worker.worst_ppm < 1_000).filter_map(|worker| worker.met_store).min()?;
+        let ready = ready.filter(|worker| worker.worst_ppm < 1_000);
+        // A clock that was set back does not move until it has made up for it.
+        let settled = |worker: &Worker| worker.clock_steps.iter().map(|(at, by)| at + by).max().unwrap_or(0);
+        let ready = ready.filter_map(|worker| Some(worker.met_store?.max(settled(worker)))).min()?;
         (self.roomy && self.db_up).then(|| ready.max(self.quiet_since))
     }
 
@@ -585,7 +663,8 @@ impl Oracle {
         };
         self.stats.checked[Invariant::L3 as usize] += 1;
         let overdue = u64::try_from(self.db.at(self.now) - event.due).unwrap_or(0);
-        let poll = self.terms.iter().map(|terms| terms.poll_interval + 4 * terms.store_timeout).max().unwrap_or(0);
+        let poll =
+            self.terms.iter().map(|terms| terms.poll_interval + 4 * terms.store_timeout).max().unwrap_or(0);
         let bound = (self.now - overdue.min(self.now)).max(event.freed_at).max(ready) + poll;
         ensure!(
             self,
@@ -611,7 +690,8 @@ impl Oracle {
     ) {
         self.met(event, self.now, Change::Restored);
         let (before, lease) = (self.events[event as usize].status, self.events[event as usize].lease);
-        let claim_lost = lease != NONE && owner != Some((self.leases[lease as usize].worker, self.leases[lease as usize].token));
+        let claim_lost = lease != NONE
+            && owner != Some((self.leases[lease as usize].worker, self.leases[lease as usize].token));
         if claim_lost {
             self.stats.saw(Sometimes::ClaimLost);
         }
@@ -639,6 +719,7 @@ impl Oracle {
     /// Whether an overlap of requests is one that the design names, by either holder's doing.
     pub(crate) fn overlap_excused(&self, lease: u32) -> bool {
         let excuses = self.excuses(&self.leases[lease as usize], None);
-        !excuses.among(crate::health::OVERLAP).none() || excuses.has(Excuse::CommitLost)
+        let lost = self.leases[lease as usize].lost;
+        !(excuses.among(crate::health::OVERLAP).none() && lost.among(crate::health::OVERLAP).none())
     }
 }

@@ -46,7 +46,8 @@ impl Terms {
             }
         }
         let base = base.min(self.retry_max);
-        let swing = u64::try_from(u128::from(base) * u128::from(self.retry_jitter_bps) / 10_000).unwrap_or(base);
+        let swing =
+            u64::try_from(u128::from(base) * u128::from(self.retry_jitter_bps) / 10_000).unwrap_or(base);
         ((base - swing).max(1), (base + swing).min(self.retry_max))
     }
 
@@ -59,7 +60,8 @@ impl Terms {
     /// most `attempts` each, of which `poison` kill their worker `restart` microseconds long.
     pub fn convergence_bound(&self, events: u32, attempts: u32, poison: u32, restart: u64) -> u64 {
         let turn = self.request_timeout + 6 * self.store_timeout + self.poll_interval + 1_000_000;
-        let width = u64::from(self.max_in_flight.min(self.max_in_flight_per_destination).min(self.max_leased)).max(1);
+        let width =
+            u64::from(self.max_in_flight.min(self.max_in_flight_per_destination).min(self.max_leased)).max(1);
         let rounds = u64::from(events).div_ceil(width);
         let wait = self.retry_max.max(self.retry_after_max);
         let run_out = 2 * self.lease + self.reclaim_grace + 2 * self.search_interval() + turn;

@@ -84,7 +84,8 @@ named! {
         CommitLost = "confirmed commit lost",
         /// The holder was draining.
         Draining = "holder draining",
-        /// The claim's own commit came when its lease had no more than `2R + M` to run: too late to be given back.
+        /// The claim's commit came after its client had given it up, and when its lease had no more than `4R + M` to run: too late to be
+        /// seen and given back, at two tries each.
         BornDead = "claim committed as its lease ran out",
         /// The store refused the outcome for good.
         Impossible = "outcome refused for good",

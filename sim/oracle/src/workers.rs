@@ -94,7 +94,13 @@ impl Oracle {
         let took = self.now - began - book.stopped_between(began, self.now);
         let drift = took * book.worst_ppm / 900_000 + book.clock_stepped_since(began);
         let bound = terms.drain_timeout + drift + 10_000;
-        ensure!(self, L4, took <= bound, "worker {worker} has drained for {took} us, allowed are {}", terms.drain_timeout);
+        ensure!(
+            self,
+            L4,
+            took <= bound,
+            "worker {worker} has drained for {took} us, allowed are {}",
+            terms.drain_timeout
+        );
         Ok(())
     }
 
@@ -112,7 +118,7 @@ impl Oracle {
         let book = &mut self.workers[worker as usize];
         let sent_local = book.clock.at(self.now);
         self.calls.push(Call { lane, sent: self.now, sent_local, over: false, applied: NONE });
-        let under_way = &mut book.lanes[lane as usize].under_way;
+        let under_way = &mut book.lanes[lane.number()].under_way;
         *under_way += 1;
         let under_way = *under_way;
         ensure!(self, S9, under_way == 1, "worker {worker} has {under_way} calls of lane {lane:?} under way");
@@ -135,7 +141,7 @@ impl Oracle {
         }
         let now = self.now;
         let holder = &mut self.workers[worker as usize];
-        let lane_book = &mut holder.lanes[lane as usize];
+        let lane_book = &mut holder.lanes[lane.number()];
         lane_book.under_way = lane_book.under_way.saturating_sub(1);
         if arrived - sent <= timeout {
             lane_book.misses = 0;
@@ -157,7 +163,7 @@ impl Oracle {
         book.over = true;
         let lane = book.lane;
         let holder = &mut self.workers[worker as usize];
-        let lane_book = &mut holder.lanes[lane as usize];
+        let lane_book = &mut holder.lanes[lane.number()];
         lane_book.under_way = lane_book.under_way.saturating_sub(1);
         lane_book.misses = lane_book.misses.saturating_add(1);
         if lane_book.misses >= 2 {
