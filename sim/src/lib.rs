@@ -1,2 +1,29 @@
-//! The simulator.
+//! The simulator: seeded schedules of faults against the real worker and row machines, judged by an independent oracle.
+//!
+//! One tier lives here: worker machines and the row machine driven from an event heap in simulated microseconds, with
+//! no async runtime, thousands of seeds a second. A seed and a profile make a [`Schedule`]; a run is a pure function of
+//! the schedule.
+#![forbid(unsafe_code)]
+
+pub mod bugs;
+mod calls;
 pub mod check;
+mod faults;
+mod generate;
+mod process;
+mod requests;
+mod rng;
+pub mod schedule;
+pub mod search;
+pub mod shrink;
+mod store;
+pub mod story;
+pub mod timeline;
+mod trace;
+mod world;
+
+pub use generate::{generate, profile_of};
+pub use rng::Rng;
+pub use schedule::{Profile, Schedule};
+pub use search::run;
+pub use world::{EPOCH, Options, Outcome, World};

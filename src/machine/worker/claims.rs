@@ -40,6 +40,8 @@ pub(super) struct Claims {
     owned: Option<(RequestId, Moment)>,
     /// When to look for what an unknown claim left, most recent last. A commit may come late, so there are several.
     owned_at: Vec<Moment>,
+    /// Looks that failed in a row.
+    look_failures: u32,
 }
 
 impl Claims {
@@ -54,6 +56,7 @@ impl Claims {
             searched: true,
             owned: None,
             owned_at: Vec::new(),
+            look_failures: 0,
         }
     }
 
@@ -94,6 +97,8 @@ impl Worker {
             || !self.claims.idle()
             || room == 0
             || self.settles.failing()
+            // Who doesn't know what it owns claims nothing more, nor makes the next look wait.
+            || self.claims.look_failures > 0
             || self.renewal_overdue()
         {
             return None;
@@ -159,9 +164,14 @@ impl Worker {
             Ok(reply) => self.take(&under_way, reply),
             Err(fault) => {
                 if let StoreFault::Unknown { .. } = fault {
-                    // **P7**: at once, and again for a commit that comes late.
+                    // **P7**: at once, and again for a commit that comes late: the last time but one while what was
+                    // granted can still be found and given back, at two tries each, before it runs out.
                     let timing = *self.timing();
-                    self.claims.owned_at = [timing.lease(), timing.store_timeout(), Duration::ZERO]
+                    let (lease, timeout) = (timing.lease(), timing.store_timeout());
+                    let passed = self.now.since(under_way.sent);
+                    let in_time =
+                        lease.saturating_sub(passed + timeout * 4 + timing.fence_margin()).max(timeout);
+                    self.claims.owned_at = [lease, in_time, timeout, Duration::ZERO]
                         .map(|wait| self.now.after(wait))
                         .into();
                 }
@@ -309,6 +319,7 @@ impl Worker {
         };
         match reply {
             Ok(reply) => {
+                self.claims.look_failures = 0;
                 self.store_answered(sent, reply.db_now);
                 for key in reply.keys {
                     if !self.leases.contains_key(&key) && !self.settles.gave_up(key) {
@@ -317,9 +328,8 @@ impl Worker {
                 }
             }
             Err(fault) => {
-                let again =
-                    self.now.after(self.settings.limits().poll_interval.min(self.timing().store_timeout()));
-                self.claims.owned_at.push(again);
+                self.claims.look_failures = self.claims.look_failures.saturating_add(1);
+                self.claims.owned_at.push(self.now.after(self.backoff(self.claims.look_failures)));
                 self.store_failed(StoreCall::Owned, sent, fault, Vec::new());
             }
         }

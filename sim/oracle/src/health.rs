@@ -1,0 +1,87 @@
+//! **S2**: what excuses the loss of a lease, by exactly the conditions of the design.
+
+use crate::fact::{Down, Micros};
+use crate::ledger::Lease;
+use crate::violation::{Excuse, Excuses};
+use crate::{Oracle, Sometimes};
+
+/// What the design accepts as a cause for two open requests (rule P12).
+pub(crate) const OVERLAP: &[Excuse] =
+    &[Excuse::Stopped, Excuse::ClockWrong, Excuse::DbStepped, Excuse::CommitLost, Excuse::Impossible];
+
+/// Whoever takes a lease that ran out: its `G`, and when its statement began.
+#[derive(Clone, Copy)]
+pub(crate) struct Taker {
+    pub(crate) grace: u64,
+    pub(crate) began: Micros,
+}
+
+impl Oracle {
+    /// What excuses a lease's holder for losing it now.
+    ///
+    /// A stop, a missed call or a clock's error before the last renewal that was applied has done no harm: only the
+    /// time since then counts. That is stricter than "since its claim".
+    pub(crate) fn excuses(&self, lease: &Lease, taker: Option<Taker>) -> Excuses {
+        let holder = &self.workers[lease.worker as usize];
+        let terms = self.terms_of(lease.worker);
+        let (reach, margin) = (terms.lease + terms.reclaim_grace, terms.fence_margin);
+        let Taker { grace, began } = taker.unwrap_or(Taker { grace: terms.reclaim_grace, began: self.now });
+        let since =
+            lease.applied_at.max(self.now.saturating_sub(reach + terms.heartbeat + 2 * terms.store_timeout));
+        let calls_since = since.saturating_sub(terms.store_timeout);
+        let mut excuses = Excuses::default();
+        excuses.add(Excuse::Crashed, matches!(holder.down, Some(Down::Crash | Down::Poison(_))));
+        excuses.add(Excuse::Ended, holder.down == Some(Down::Ended));
+        excuses.add(Excuse::Stopped, holder.stopped_between(since, self.now) > margin);
+        excuses.add(Excuse::ClockWrong, self.clock_error(lease.worker, since) > margin);
+        let missed = |lane: usize| holder.lanes[lane].double_miss.is_some_and(|at| at >= calls_since);
+        let unknown = lease.confirmed == crate::ledger::UNKNOWN;
+        excuses.add(Excuse::Unanswered, missed(1) || missed(2) || (unknown && (missed(0) || missed(3))));
+        let event = &self.events[lease.event as usize];
+        let locked = event.locked_since.is_some_and(|from| self.now - from > terms.store_timeout)
+            || (event.long_lock.0 >= since && event.long_lock.1 > terms.store_timeout);
+        excuses.add(Excuse::RowLocked, locked);
+        excuses.add(Excuse::DbStepped, self.db.stepped_since(since.min(began)) > grace);
+        excuses.add(Excuse::CommitLost, self.last_loss.is_some_and(|at| at >= lease.claimed_at));
+        excuses.add(Excuse::Draining, holder.drain_began.is_some());
+        excuses.add(Excuse::BornDead, lease.born_dead);
+        excuses.add(Excuse::Impossible, lease.impossible);
+        excuses
+    }
+
+    /// By how much a worker's clock may have gone wrong since then.
+    fn clock_error(&self, worker: u32, since: Micros) -> u64 {
+        let book = &self.workers[worker as usize];
+        let drift = book.worst_ppm * (self.now - since) / 1_000_000;
+        drift + book.clock_stepped_since(since)
+    }
+
+    /// A lease ended, taken by somebody or not: counts whether the promise held for it.
+    pub(crate) fn lease_over(&mut self, lease: u32, taker: Option<Taker>) -> Excuses {
+        let book = &self.leases[lease as usize];
+        let excuses = self.excuses(book, taker);
+        if excuses.none() {
+            self.stats.healthy += 1;
+            self.stats.healthy_renewed += u64::from(book.renewals > 0);
+        } else {
+            for excuse in Excuse::ALL {
+                self.stats.excused[*excuse as usize] += u64::from(excuses.has(*excuse));
+            }
+        }
+        excuses
+    }
+
+    /// Remembers a lock that was let go of now, if it was held for long.
+    pub(crate) fn note_lock(&mut self, event: u32, since: Micros) {
+        let held = self.now - since;
+        let book = &mut self.events[event as usize];
+        if held > 1_000 {
+            let recent = self.now - book.long_lock.0 < 2_000_000 && book.long_lock.1 > held;
+            book.long_lock = (self.now, if recent { book.long_lock.1 } else { held });
+        }
+        let now = self.db.at(self.now);
+        if book.lease != crate::ledger::NONE && book.until < now && self.db.at(since) < book.until {
+            self.stats.saw(Sometimes::ExpiredUnderLock);
+        }
+    }
+}

@@ -1,0 +1,145 @@
+//! The oracle's own books.
+
+use crate::clock::LocalClock;
+use crate::fact::{DbMicros, Down, End, Lane, Micros, Status};
+use crate::violation::Excuses;
+
+/// No lease, no link.
+pub(crate) const NONE: u32 = u32::MAX;
+
+/// Nothing confirmed yet.
+pub(crate) const UNKNOWN: i64 = i64::MIN;
+
+/// One lease that was ever granted.
+#[derive(Clone, Debug)]
+pub(crate) struct Lease {
+    pub(crate) event: u32,
+    pub(crate) worker: u32,
+    pub(crate) token: i64,
+    pub(crate) claimed_at: Micros,
+    /// When the claim's or last renewal's commit came.
+    pub(crate) applied_at: Micros,
+    pub(crate) renewals: u32,
+    /// The holder's clock when it sent the last confirmed claim or renewal.
+    pub(crate) confirmed: i64,
+    pub(crate) open: bool,
+    pub(crate) opened: bool,
+    pub(crate) opened_at: Micros,
+    pub(crate) end: Option<End>,
+    /// The holder's clock when it learnt the end.
+    pub(crate) known: i64,
+    pub(crate) impossible: bool,
+    pub(crate) born_dead: bool,
+    /// What excused its loss when it was taken.
+    pub(crate) lost: Excuses,
+    /// The event's lease before this one.
+    pub(crate) before: u32,
+}
+
+/// One event.
+#[derive(Clone, Debug)]
+pub(crate) struct Event {
+    pub(crate) exists: bool,
+    pub(crate) status: Status,
+    pub(crate) destination: u16,
+    pub(crate) attempts: u32,
+    pub(crate) max_attempts: u32,
+    pub(crate) due: DbMicros,
+    pub(crate) reclaims: u32,
+    /// The highest token ever seen.
+    pub(crate) top_token: i64,
+    pub(crate) token: i64,
+    /// The lease in force.
+    pub(crate) lease: u32,
+    pub(crate) until: DbMicros,
+    /// The last lease granted.
+    pub(crate) last: u32,
+    pub(crate) open: u32,
+    pub(crate) successes: u32,
+    pub(crate) poison: bool,
+    /// Run-outs whose holder was not killed by a poison event.
+    pub(crate) other_run_outs: u32,
+    pub(crate) owners: u32,
+    /// Its last settle committed after the client had given it up.
+    pub(crate) ended_late: bool,
+    pub(crate) locked_since: Option<Micros>,
+    /// When a lock that was held for long was let go, and for how long it had been held.
+    pub(crate) long_lock: (Micros, u64),
+    /// When it last became free: committed, settled or restored.
+    pub(crate) freed_at: Micros,
+}
+
+/// Calls of one lane.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct LaneBook {
+    pub(crate) misses: u8,
+    /// When a second call in a row was missed.
+    pub(crate) double_miss: Option<Micros>,
+    pub(crate) under_way: u32,
+}
+
+/// One start of a worker process.
+#[derive(Clone, Debug)]
+pub(crate) struct Worker {
+    pub(crate) terms: u16,
+    pub(crate) clock: LocalClock,
+    pub(crate) down: Option<Down>,
+    pub(crate) stops: Vec<(Micros, Micros)>,
+    pub(crate) stopped_since: Option<Micros>,
+    /// Since when its clock stands still.
+    pub(crate) still_since: Option<Micros>,
+    pub(crate) clock_steps: Vec<(Micros, u64)>,
+    pub(crate) worst_ppm: u64,
+    pub(crate) lanes: [LaneBook; 4],
+    pub(crate) drain_began: Option<Micros>,
+    pub(crate) open: u32,
+    pub(crate) open_by_destination: Vec<u32>,
+    /// Leases that the store shows under it.
+    pub(crate) held: u32,
+    pub(crate) held_by_destination: Vec<u32>,
+    /// A claim went unanswered: the store may show more than it knows.
+    pub(crate) unsure: bool,
+    /// A claim was answered: it knows the database.
+    pub(crate) met_store: Option<Micros>,
+}
+
+impl Worker {
+    /// For how long it was stopped between two true times.
+    pub(crate) fn stopped_between(&self, from: Micros, to: Micros) -> u64 {
+        let open = self.stopped_since.map(|since| (since, to));
+        let stops = self.stops.iter().copied().rev().take_while(|(_, end)| *end > from);
+        stops.chain(open).map(|(start, end)| end.min(to).saturating_sub(start.max(from))).sum()
+    }
+
+    /// By how much its clock was stepped at or after `since`; a step back takes as long to make up for.
+    pub(crate) fn clock_stepped_since(&self, since: Micros) -> u64 {
+        self.clock_steps.iter().filter(|(at, by)| at + by >= since).map(|(_, by)| by).sum()
+    }
+}
+
+/// One store call.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Call {
+    pub(crate) lane: Lane,
+    pub(crate) sent: Micros,
+    pub(crate) sent_local: i64,
+    pub(crate) over: bool,
+    /// The leases that it was applied to: an index into the links.
+    pub(crate) applied: u32,
+}
+
+/// A lease that a call was applied to, and the next one.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Link {
+    pub(crate) lease: u32,
+    pub(crate) next: u32,
+}
+
+/// The entry for a destination, made if need be.
+pub(crate) fn entry(counts: &mut Vec<u32>, destination: u16) -> &mut u32 {
+    let at = usize::from(destination);
+    if counts.len() <= at {
+        counts.resize(at + 1, 0);
+    }
+    &mut counts[at]
+}

@@ -1,0 +1,181 @@
+//! Requests as the world sees them: **S3**, **S4**, **S6**, **S9**.
+
+use crate::fact::{Down, End};
+use crate::ledger::{NONE, UNKNOWN, entry};
+use crate::violation::Excuse;
+use crate::{Oracle, Sometimes, Verdict, ensure};
+
+impl Oracle {
+    /// How far a lease is past its fence by its holder's own clock, without the time for which the holder was stopped
+    /// since; and whether such a time, or an error of its clock, was left out.
+    fn past_fence(&self, lease: u32) -> Option<(u64, bool)> {
+        let book = &self.leases[lease as usize];
+        let (worker, terms) = (&self.workers[book.worker as usize], self.terms_of(book.worker));
+        if book.confirmed == UNKNOWN {
+            return Some((u64::MAX, false));
+        }
+        let fence = book.confirmed + terms.lease as i64 - terms.fence_margin as i64;
+        let past = u64::try_from(worker.clock.at(self.now) - fence).ok()?;
+        let since = self.now.saturating_sub(past + 1);
+        let stopped = worker.stopped_between(since, self.now);
+        // A clock that was set back before the claim may have been making up for it then.
+        let stepped = worker.clock_stepped_since(since.min(book.claimed_at));
+        Some((past.saturating_sub(stopped + stepped), stopped + stepped > 0))
+    }
+
+    pub(crate) fn request_opened(&mut self, worker: u32, event: u32, token: i64, number: u32) -> Verdict {
+        let found = self.find(event, worker, token);
+        ensure!(
+            self,
+            S5,
+            found.is_some(),
+            "worker {worker} opened a request for event {event} without a lease"
+        );
+        let Some(lease) = found else { return Ok(()) };
+        if let Some((past, stopped)) = self.past_fence(lease) {
+            if stopped {
+                self.stats.saw(Sometimes::LateStart);
+            }
+            ensure!(
+                self,
+                S3,
+                stopped && past <= 1_000,
+                "worker {worker} opened a request for event {event} {past} us past the fence"
+            );
+        }
+        let book = &self.leases[lease as usize];
+        ensure!(
+            self,
+            S6,
+            !book.opened,
+            "worker {worker} opened a second request for event {event} under one token"
+        );
+        let row = &self.events[event as usize];
+        let current = row.lease == lease && self.last_loss.is_none();
+        ensure!(
+            self,
+            S6,
+            !current || number == row.attempts + 1,
+            "request {number} for event {event} is sent with {} attempts settled",
+            row.attempts
+        );
+        if row.open > 0 {
+            let mut other = row.last;
+            while other != NONE {
+                let open = &self.leases[other as usize];
+                if open.open {
+                    let excused =
+                        open.worker != worker && (self.overlap_excused(other) || self.overlap_excused(lease));
+                    ensure!(
+                        self,
+                        S4,
+                        excused,
+                        "worker {worker} opened a request for event {event} while that of worker {} is open",
+                        open.worker
+                    );
+                    self.stats.saw(Sometimes::Overlap);
+                }
+                other = self.leases[other as usize].before;
+            }
+        }
+        let destination = self.events[event as usize].destination;
+        self.events[event as usize].open += 1;
+        let book = &mut self.leases[lease as usize];
+        (book.open, book.opened, book.opened_at) = (true, true, self.now);
+        let terms = *self.terms_of(worker);
+        let holder = &mut self.workers[worker as usize];
+        holder.open += 1;
+        let there = entry(&mut holder.open_by_destination, destination);
+        *there += 1;
+        let (open, there) = (holder.open, *there);
+        ensure!(self, S9, open <= terms.max_in_flight, "worker {worker} has {open} requests open");
+        ensure!(
+            self,
+            S9,
+            there <= terms.max_in_flight_per_destination,
+            "worker {worker} has {there} requests open to one destination"
+        );
+        Ok(())
+    }
+
+    pub(crate) fn request_ended(&mut self, worker: u32, event: u32, token: i64, end: End) -> Verdict {
+        let Some(lease) = self.find(event, worker, token) else { return Ok(()) };
+        let terms = *self.terms_of(worker);
+        let opened = self.leases[lease as usize].open;
+        if opened {
+            let destination = self.events[event as usize].destination;
+            self.events[event as usize].open -= 1;
+            let holder = &mut self.workers[worker as usize];
+            holder.open -= 1;
+            *entry(&mut holder.open_by_destination, destination) -= 1;
+            self.check_closed(lease)?;
+            if self.now - self.leases[lease as usize].opened_at > terms.lease {
+                self.stats.saw(Sometimes::OutlastedLease);
+            }
+        }
+        let book = &mut self.leases[lease as usize];
+        book.open = false;
+        book.end = Some(end);
+        if let End::Status(200..=299, _) = end {
+            let row = &mut self.events[event as usize];
+            row.successes += 1;
+            if row.successes > 1 {
+                self.stats.saw(Sometimes::DeliveredTwice);
+            }
+        }
+        Ok(())
+    }
+
+    /// **S3**: closed by the fence, and the closing itself takes no more than half the margin.
+    fn check_closed(&mut self, lease: u32) -> Verdict {
+        let margin = self.terms_of(self.leases[lease as usize].worker).fence_margin;
+        if let Some((past, stopped)) = self.past_fence(lease) {
+            if stopped {
+                self.stats.saw(Sometimes::LateClose);
+            }
+            let book = &self.leases[lease as usize];
+            ensure!(
+                self,
+                S3,
+                past <= margin / 2 + 1_000,
+                "the request of worker {} for event {} stayed open {past} us past the fence",
+                book.worker,
+                book.event
+            );
+        }
+        Ok(())
+    }
+
+    /// A worker's sockets are closed as it dies.
+    pub(crate) fn sockets_closed(&mut self, worker: u32, how: Down) -> Verdict {
+        if self.workers[worker as usize].open == 0 && how == Down::Ended {
+            return Ok(());
+        }
+        for lease in 0..self.leases.len() as u32 {
+            let book = &self.leases[lease as usize];
+            if book.worker != worker {
+                continue;
+            }
+            let event = book.event;
+            if book.open {
+                self.stats.saw(Sometimes::CrashWhileOpen);
+                self.request_ended(worker, event, book.token, End::Closed)?;
+            } else if self.events[event as usize].lease == lease && book.end.is_some() {
+                self.stats.saw(Sometimes::CrashBeforeSettle);
+            }
+        }
+        Ok(())
+    }
+
+    pub(crate) fn requests_finished(&mut self) -> Verdict {
+        for lease in 0..self.leases.len() as u32 {
+            if self.leases[lease as usize].open
+                && self.workers[self.leases[lease as usize].worker as usize].stopped_since.is_none()
+                && !self.excuses(&self.leases[lease as usize], None).has(Excuse::Crashed)
+            {
+                self.check_closed(lease)?;
+            }
+        }
+        Ok(())
+    }
+}

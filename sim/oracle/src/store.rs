@@ -1,0 +1,725 @@
+//! What commits: **S1**, **S2**, **S5**, **S6**, **S7**, **S8**, and the waiting times **L2** and **L3**.
+
+use crate::fact::{Answer, DbMicros, Down, End, Micros, RetryAfter, Settle, Spent, Status};
+use crate::health::Taker;
+use crate::ledger::{Event, Lease, Link, NONE, UNKNOWN, Worker, entry};
+use crate::violation::Excuses;
+use crate::{Change, Invariant, Oracle, RowState, Sometimes, Verdict, ensure};
+
+/// A claim of one row.
+#[derive(Clone, Copy)]
+pub(crate) struct Claim {
+    pub(crate) worker: u32,
+    pub(crate) call: u32,
+    pub(crate) event: u32,
+    pub(crate) began: Micros,
+    pub(crate) locked: Micros,
+}
+
+/// A guarded write of one row.
+#[derive(Clone, Copy)]
+pub(crate) struct Guarded {
+    pub(crate) worker: u32,
+    pub(crate) call: u32,
+    pub(crate) event: u32,
+    pub(crate) token: i64,
+    pub(crate) answer: Answer,
+    pub(crate) locked: Micros,
+}
+
+/// Run-outs from which an event is on probation.
+const PROBATION: u32 = 3;
+
+impl Oracle {
+    pub(crate) fn event_committed(
+        &mut self,
+        id: u32,
+        destination: u16,
+        (attempts, max_attempts): (u32, u32),
+        due: DbMicros,
+        poison: bool,
+    ) {
+        debug_assert_eq!(id as usize, self.events.len(), "events are numbered in order");
+        self.pending += 1;
+        self.events.push(Event {
+            exists: true,
+            status: Status::Pending,
+            destination,
+            attempts,
+            max_attempts,
+            due,
+            reclaims: 0,
+            top_token: 0,
+            token: 0,
+            lease: NONE,
+            until: 0,
+            last: NONE,
+            open: 0,
+            successes: 0,
+            poison,
+            other_run_outs: 0,
+            owners: 0,
+            ended_late: false,
+            locked_since: None,
+            long_lock: (0, 0),
+            freed_at: self.now,
+        });
+    }
+
+    fn count(&mut self, status: Status, by: i32) {
+        let count = match status {
+            Status::Pending => &mut self.pending,
+            Status::Delivered => &mut self.delivered,
+            Status::Failed => &mut self.failed,
+        };
+        *count = count.saturating_add_signed(by);
+    }
+
+    fn move_to(&mut self, event: u32, status: Status) {
+        let before = std::mem::replace(&mut self.events[event as usize].status, status);
+        self.count(before, -1);
+        self.count(status, 1);
+    }
+
+    /// What a row is, as a statement that reads the clock at `time` finds it.
+    fn state(&self, event: u32, time: Micros) -> RowState {
+        let book = &self.events[event as usize];
+        match book.status {
+            Status::Delivered => RowState::Delivered,
+            Status::Failed => RowState::Failed,
+            Status::Pending if book.lease == NONE && book.due <= self.db.at(time) => RowState::Due,
+            Status::Pending if book.lease == NONE => RowState::Waiting,
+            Status::Pending if book.until > self.db.at(time) => RowState::Live,
+            Status::Pending => RowState::Expired,
+        }
+    }
+
+    fn met(&mut self, event: u32, time: Micros, change: Change) {
+        let state = self.state(event, time);
+        self.stats.matrix[state as usize][change as usize] += 1;
+    }
+
+    /// Everything that must hold before a claim may take a row, or fail it. Ends the lease that ran out.
+    fn claimable(&mut self, claim: Claim, attempted: bool) -> Result<bool, crate::Violation> {
+        let Claim { worker, event, began, locked, .. } = claim;
+        let early = self.db.at(began);
+        let grace = self.terms_of(worker).reclaim_grace;
+        let book = &self.events[event as usize];
+        ensure!(
+            self,
+            S7,
+            book.status == Status::Pending,
+            "event {event} is {:?} and was claimed",
+            book.status
+        );
+        ensure!(self, S8, book.exists, "event {event} was never committed and was claimed");
+        ensure!(
+            self,
+            S6,
+            book.due <= early,
+            "event {event} was claimed {} us before its next attempt was due",
+            book.due - early
+        );
+        let lease = book.lease;
+        if lease == NONE {
+            self.check_wait(claim, attempted)?;
+            return Ok(false);
+        }
+        ensure!(
+            self,
+            S1,
+            book.until + grace as i64 <= early,
+            "event {event} was taken from worker {} by worker {worker} while its lease and grace had {} us to run",
+            self.leases[lease as usize].worker,
+            book.until + grace as i64 - early
+        );
+        self.check_orphan(claim)?;
+        if self.leases[lease as usize].open {
+            self.stats.saw(Sometimes::ReclaimWhileOpen);
+        }
+        let excuses = self.lease_over(lease, Some(Taker { grace, began }));
+        self.leases[lease as usize].lost = excuses;
+        let holder = self.leases[lease as usize].worker;
+        ensure!(
+            self,
+            S2,
+            !excuses.none(),
+            "event {event} was taken from worker {holder}, a healthy holder of token {} since {} us, by worker {worker}",
+            self.leases[lease as usize].token,
+            self.now - self.leases[lease as usize].claimed_at
+        );
+        self.stats.checked[Invariant::S2 as usize] += 1;
+        self.stats.reclaims_excused += 1;
+        let by_poison = matches!(self.workers[holder as usize].down, Some(Down::Poison(_)));
+        self.unlease(event);
+        self.note_lock(event, locked);
+        let book = &mut self.events[event as usize];
+        book.reclaims += 1;
+        book.other_run_outs += u32::from(!by_poison);
+        Ok(true)
+    }
+
+    fn unlease(&mut self, event: u32) {
+        let book = &mut self.events[event as usize];
+        book.freed_at = self.now;
+        let lease = std::mem::replace(&mut book.lease, NONE);
+        if lease != NONE {
+            let destination = book.destination;
+            let holder = &mut self.workers[self.leases[lease as usize].worker as usize];
+            holder.held -= 1;
+            *entry(&mut holder.held_by_destination, destination) -= 1;
+        }
+    }
+
+    fn lease_to(&mut self, event: u32, lease: u32, until: DbMicros) {
+        let book = &mut self.events[event as usize];
+        (book.lease, book.until) = (lease, until);
+        let destination = book.destination;
+        let holder = &mut self.workers[self.leases[lease as usize].worker as usize];
+        holder.held += 1;
+        *entry(&mut holder.held_by_destination, destination) += 1;
+    }
+
+    pub(crate) fn claimed(&mut self, claim: Claim, token: i64, until: DbMicros, reclaimed: bool) -> Verdict {
+        let Claim { worker, call, event, began, locked } = claim;
+        self.late_commit(call);
+        self.met(event, began, Change::Grant);
+        let was_leased = self.claimable(claim, true)?;
+        let terms = *self.terms_of(worker);
+        let book = &self.events[event as usize];
+        ensure!(
+            self,
+            S1,
+            reclaimed == was_leased,
+            "the claim of event {event} took a run-out for none, or the reverse"
+        );
+        let late = self.db.at(locked);
+        ensure!(
+            self,
+            S1,
+            until == late + terms.lease as i64,
+            "a claim of event {event} gave {} us instead of L",
+            until - late
+        );
+        // A lost number comes again only if the clock went back as well.
+        let again = self.last_loss.is_some() && self.db.stepped_since(1) > 0 && token > book.token;
+        ensure!(
+            self,
+            S5,
+            token > book.top_token || again,
+            "event {event} got token {token} after {}",
+            book.top_token
+        );
+        let limit = terms.tries(book.max_attempts);
+        ensure!(
+            self,
+            S6,
+            book.attempts < limit,
+            "event {event} was leased with {} of {limit} tries spent",
+            book.attempts
+        );
+        if book.reclaims >= PROBATION {
+            self.stats.saw(Sometimes::Probation);
+        }
+        let lease = self.leases.len() as u32;
+        self.leases.push(Lease {
+            event,
+            worker,
+            token,
+            claimed_at: self.now,
+            applied_at: self.now,
+            renewals: 0,
+            confirmed: UNKNOWN,
+            open: false,
+            opened: false,
+            opened_at: 0,
+            end: None,
+            known: UNKNOWN,
+            impossible: false,
+            lost: Excuses::default(),
+            born_dead: self.calls[call as usize].over
+                && until <= self.db.at(self.now) + (4 * terms.store_timeout + terms.fence_margin) as i64,
+            before: book.last,
+        });
+        let another = book.last == NONE || self.leases[book.last as usize].worker != worker;
+        let book = &mut self.events[event as usize];
+        book.last = lease;
+        (book.token, book.top_token) = (token, book.top_token.max(token));
+        book.owners += u32::from(another);
+        if book.owners == 3 {
+            self.stats.saw(Sometimes::ThreeOwners);
+        }
+        self.lease_to(event, lease, until);
+        self.link(call, lease);
+        self.check_share(worker, event)
+    }
+
+    /// **S9** as the store sees it.
+    fn check_share(&mut self, worker: u32, event: u32) -> Verdict {
+        let terms = *self.terms_of(worker);
+        let destination = self.events[event as usize].destination;
+        let holder = &mut self.workers[worker as usize];
+        if holder.unsure || self.last_loss.is_some() {
+            self.stats.unchecked[Invariant::S9 as usize] += 1;
+            return Ok(());
+        }
+        self.stats.checked[Invariant::S9 as usize] += 1;
+        let (held, there) = (holder.held, *entry(&mut holder.held_by_destination, destination));
+        ensure!(
+            self,
+            S9,
+            held <= terms.max_leased,
+            "worker {worker} holds {held} of {} leases",
+            terms.max_leased
+        );
+        let share = 2 * terms.max_in_flight_per_destination;
+        ensure!(
+            self,
+            S9,
+            there <= share,
+            "worker {worker} holds {there} leases of one destination, share {share}"
+        );
+        Ok(())
+    }
+
+    pub(crate) fn claim_failed(&mut self, claim: Claim, why: Spent) -> Verdict {
+        let Claim { worker, call, event, began, .. } = claim;
+        self.late_commit(call);
+        let change = if why == Spent::Attempts { Change::FailAttempts } else { Change::FailReclaims };
+        self.met(event, began, change);
+        if self.claimable(claim, false)? {
+            // Taken from an owner: the token rose, to a number that nobody is told.
+            self.events[event as usize].token = i64::MAX;
+        }
+        let terms = *self.terms_of(worker);
+        let book = &self.events[event as usize];
+        match why {
+            Spent::Attempts => {
+                let limit = terms.tries(book.max_attempts);
+                ensure!(
+                    self,
+                    S6,
+                    book.attempts >= limit,
+                    "a claim failed event {event} after {} of {limit} tries",
+                    book.attempts
+                );
+                self.stats.saw(Sometimes::ClaimAttemptsSpent);
+            }
+            Spent::Reclaims => {
+                ensure!(
+                    self,
+                    S6,
+                    terms.reclaim_limit > 0 && book.reclaims > terms.reclaim_limit,
+                    "a claim failed event {event} after {} run-outs, allowed are {}",
+                    book.reclaims,
+                    terms.reclaim_limit
+                );
+                ensure!(
+                    self,
+                    S6,
+                    book.poison || book.other_run_outs > 0,
+                    "event {event} is innocent: its run-outs are another event's doing, and a claim failed it"
+                );
+                self.stats.saw(Sometimes::ClaimReclaimsSpent);
+            }
+        }
+        self.move_to(event, Status::Failed);
+        Ok(())
+    }
+
+    /// **S5**: whether the guard's answer is the true one.
+    fn guard(&mut self, write: Guarded) -> Verdict {
+        let Guarded { worker, event, token, answer, .. } = write;
+        let book = &self.events[event as usize];
+        if !book.exists {
+            ensure!(
+                self,
+                S8,
+                answer != Answer::Applied,
+                "event {event} is not in the outbox and was written to"
+            );
+            return Ok(());
+        }
+        let holder = (book.lease != NONE).then(|| &self.leases[book.lease as usize]);
+        let matches = holder.is_some_and(|lease| lease.worker == worker && lease.token == token);
+        let ended = holder.is_none() && book.token == token;
+        let right = match answer {
+            Answer::Applied => matches,
+            Answer::Ended => ended,
+            Answer::Refused => !matches && !ended,
+            Answer::Skipped => true,
+        };
+        if answer == Answer::Applied && book.status != Status::Pending {
+            ensure!(self, S7, false, "event {event} is {:?} and was written to", book.status);
+        }
+        ensure!(
+            self,
+            S5,
+            right,
+            "worker {worker} wrote to event {event} under token {token} and was answered {answer:?}; the holder is {:?}",
+            holder.map(|lease| (lease.worker, lease.token))
+        );
+        Ok(())
+    }
+
+    pub(crate) fn renewed(&mut self, write: Guarded, until: DbMicros) -> Verdict {
+        let Guarded { worker, call, event, answer, locked, .. } = write;
+        self.late_commit(call);
+        let change = match answer {
+            Answer::Applied => Change::RenewApplied,
+            Answer::Ended => Change::RenewEnded,
+            Answer::Refused => Change::RenewRefused,
+            Answer::Skipped => Change::RenewSkipped,
+        };
+        self.met(event, locked, change);
+        self.guard(write)?;
+        match answer {
+            Answer::Applied => {}
+            Answer::Refused => return Ok(self.stats.saw(Sometimes::StaleRenewRefused)),
+            Answer::Skipped => return Ok(self.stats.saw(Sometimes::RenewSkipped)),
+            Answer::Ended => return Ok(()),
+        }
+        if self.state(event, locked) == RowState::Expired {
+            self.stats.saw(Sometimes::RenewedExpired);
+        }
+        if self.calls[call as usize].lane == crate::Lane::RenewAlone {
+            self.stats.saw(Sometimes::RenewedAlone);
+        }
+        let full = self.db.at(locked) + self.terms_of(worker).lease as i64;
+        let book = &self.events[event as usize];
+        ensure!(
+            self,
+            S1,
+            until == full.max(book.until),
+            "a renewal of event {event} extended its lease to {until}, but L from now is {full}"
+        );
+        let lease = book.lease;
+        self.events[event as usize].until = until;
+        self.leases[lease as usize].applied_at = self.now;
+        self.leases[lease as usize].renewals += 1;
+        self.note_lock(event, locked);
+        self.link(call, lease);
+        Ok(())
+    }
+
+    pub(crate) fn settled(
+        &mut self,
+        write: Guarded,
+        settle: Settle,
+        attempts: u32,
+        due: DbMicros,
+    ) -> Verdict {
+        let Guarded { worker, call, event, answer, locked, .. } = write;
+        self.late_commit(call);
+        let change = match (answer, settle) {
+            (Answer::Applied, Settle::Delivered) => Change::Delivered,
+            (Answer::Applied, Settle::Retry(_)) => Change::Retry,
+            (Answer::Applied, Settle::Failed { .. }) => Change::Failed,
+            (Answer::Applied, Settle::Release(_)) => Change::Release,
+            (Answer::Ended, _) => Change::SettleEnded,
+            (Answer::Refused, _) => Change::SettleRefused,
+            (Answer::Skipped, _) => Change::SettleSkipped,
+        };
+        self.met(event, locked, change);
+        self.guard(write)?;
+        match answer {
+            Answer::Applied => {}
+            Answer::Ended => {
+                self.stats.saw(Sometimes::SettleRepeated);
+                if self.events[event as usize].ended_late {
+                    self.stats.saw(Sometimes::LateCommitSeen);
+                }
+                return Ok(());
+            }
+            Answer::Skipped => return Ok(self.stats.saw(Sometimes::SettleSkipped)),
+            Answer::Refused => {
+                self.stats.saw(Sometimes::StaleSettleRefused);
+                if settle == Settle::Delivered {
+                    self.stats.saw(Sometimes::StaleSuccessRefused);
+                }
+                return Ok(());
+            }
+        }
+        if self.state(event, locked) == RowState::Expired {
+            self.stats.saw(Sometimes::SettledExpired);
+        }
+        self.note_lock(event, locked);
+        self.events[event as usize].ended_late = self.calls[call as usize].over;
+        let lease = self.events[event as usize].lease;
+        self.lease_over(lease, None);
+        self.unlease(event);
+        self.outcome(worker, call, lease, settle)?;
+        let late = self.db.at(locked);
+        let book = &mut self.events[event as usize];
+        match settle {
+            Settle::Delivered | Settle::Failed { tried: true } => book.attempts += 1,
+            Settle::Retry(delay) => (book.attempts, book.due) = (book.attempts + 1, late + delay as i64),
+            Settle::Release(Some(delay)) => book.due = late + delay as i64,
+            Settle::Failed { tried: false } | Settle::Release(None) => {}
+        }
+        let limit = self.terms[usize::from(self.workers[worker as usize].terms)].tries(book.max_attempts);
+        match settle {
+            Settle::Release(_) => self.stats.saw(Sometimes::Released),
+            Settle::Delivered => self.move_to(event, Status::Delivered),
+            Settle::Failed { .. } => {
+                if self.events[event as usize].attempts >= limit {
+                    self.stats.saw(Sometimes::FailedAfterAll);
+                }
+                self.move_to(event, Status::Failed);
+            }
+            Settle::Retry(_) => {}
+        }
+        let book = &mut self.events[event as usize];
+        if !matches!(settle, Settle::Release(_)) {
+            (book.reclaims, book.other_run_outs) = (0, 0);
+        }
+        let (my_attempts, my_due) = (book.attempts, book.due);
+        ensure!(
+            self,
+            S6,
+            my_attempts == attempts
+                && (my_due == due || !matches!(settle, Settle::Retry(_) | Settle::Release(_))),
+            "after a settle event {event} has {attempts} attempts and is due at {due}; that should be {my_attempts} and \
+             {my_due}"
+        );
+        Ok(())
+    }
+
+    /// **S6**, **S7**: whether the outcome is what the request's end means.
+    fn outcome(&mut self, worker: u32, call: u32, lease: u32, settle: Settle) -> Verdict {
+        let book = &self.leases[lease as usize];
+        let event = book.event;
+        let row = &self.events[event as usize];
+        let terms = *self.terms_of(worker);
+        let (tries, limit) = (row.attempts + 1, terms.tries(row.max_attempts));
+        let Some(end) = book.end else {
+            ensure!(self, S6, !book.open, "event {event} was settled as {settle:?} with its request open");
+            let release = matches!(settle, Settle::Release(_));
+            ensure!(self, S6, release, "event {event} was settled as {settle:?} without a try");
+            return Ok(());
+        };
+        match settle {
+            Settle::Delivered => {
+                let success = matches!(end, End::Status(200..=299, _));
+                ensure!(
+                    self,
+                    S7,
+                    success && row.successes > 0,
+                    "event {event} is delivered, but ended with {end:?}"
+                );
+            }
+            Settle::Failed { tried: false } => {
+                ensure!(
+                    self,
+                    S6,
+                    end == End::Undeliverable,
+                    "event {event} failed without a try, but ended with {end:?}"
+                );
+            }
+            Settle::Failed { tried: true } => {
+                let at_once = matches!(end, End::Status(status, _) if status == terms.fail_status);
+                ensure!(
+                    self,
+                    S6,
+                    tries >= limit || at_once,
+                    "event {event} failed after {tries} of {limit} tries ({end:?})"
+                );
+                let success = matches!(end, End::Status(200..=299, _) | End::Closed);
+                ensure!(self, S7, !success, "event {event} failed, but its request ended with {end:?}");
+            }
+            Settle::Retry(delay) => {
+                ensure!(
+                    self,
+                    S6,
+                    tries < limit,
+                    "event {event} is to be retried after {tries} of {limit} tries"
+                );
+                let success = matches!(end, End::Status(200..=299, _) | End::Undeliverable | End::Closed);
+                ensure!(
+                    self,
+                    S6,
+                    !success,
+                    "event {event} is to be retried, but its request ended with {end:?}"
+                );
+                return self.delay(call, lease, tries, end, delay);
+            }
+            Settle::Release(_) => {
+                // A lost settle leaves a lease that its holder does not know any more.
+                let forgotten = self.last_loss.is_some_and(|at| at >= book.claimed_at);
+                ensure!(
+                    self,
+                    S6,
+                    end == End::Closed || forgotten,
+                    "event {event} was given back, but its request ended with {end:?}"
+                );
+            }
+        }
+        Ok(())
+    }
+
+    /// **S6**: the delay counts from when the outcome was known, and what is left of it is sent.
+    fn delay(&mut self, call: u32, lease: u32, tries: u32, end: End, delay: u64) -> Verdict {
+        let (book, call) = (&self.leases[lease as usize], &self.calls[call as usize]);
+        let holder = &self.workers[book.worker as usize];
+        let terms = *self.terms_of(book.worker);
+        if holder.clock_stepped_since(book.claimed_at) > 0 || self.db.stepped_since(book.claimed_at) > 0 {
+            self.stats.unchecked[Invariant::S6 as usize] += 1;
+            return Ok(());
+        }
+        self.stats.checked[Invariant::S6 as usize] += 1;
+        let passed = u64::try_from(call.sent_local - book.known).unwrap_or(0);
+        let known_at = call.sent - passed;
+        let (mut least, mut most) = terms.delay_bounds(tries);
+        let asked = match end {
+            End::Status(429 | 503, Some(RetryAfter::Delay(asked))) => asked,
+            End::Status(429 | 503, Some(RetryAfter::Date(date))) => {
+                u64::try_from(date - self.db.at(known_at)).unwrap_or(0)
+            }
+            _ => 0,
+        };
+        if asked > terms.retry_after_max {
+            self.stats.saw(Sometimes::RetryAfterCapped);
+        }
+        let asked = asked.min(terms.retry_after_max);
+        if asked > most {
+            self.stats.saw(Sometimes::RetryAfterHonoured);
+        }
+        // A date is compared with the database's time as carried forward: a reply old, and drift, may be in between.
+        let loose = if matches!(end, End::Status(_, Some(RetryAfter::Date(_)))) {
+            2 * terms.store_timeout + terms.heartbeat * holder.worst_ppm / 1_000_000 + 1_000
+        } else {
+            2
+        };
+        least = least.max(asked.saturating_sub(loose));
+        most = most.max(asked + loose);
+        let total = delay + passed;
+        let event = book.event;
+        let in_time = total + 2 >= least && (delay == 0 || total <= most + 2);
+        ensure!(
+            self,
+            S6,
+            in_time,
+            "try {tries} of event {event} ended with {end:?}: the next one is due {total} us after it, allowed is {least} \
+             to {most}"
+        );
+        Ok(())
+    }
+
+    fn link(&mut self, call: u32, lease: u32) {
+        let book = &mut self.calls[call as usize];
+        self.links.push(Link { lease, next: book.applied });
+        book.applied = self.links.len() as u32 - 1;
+    }
+
+    fn late_commit(&mut self, call: u32) {
+        if self.calls[call as usize].over {
+            self.stats.saw(Sometimes::LateCommit);
+        }
+    }
+
+    /// Since when claims could have taken whatever is due: a worker knows the store and nothing has gone wrong.
+    fn ready_since(&self) -> Option<Micros> {
+        let ready = self.workers.iter().filter(|worker| {
+            worker.down.is_none() && worker.stopped_since.is_none() && worker.drain_began.is_none()
+        });
+        let ready = ready.filter(|worker| worker.worst_ppm < 1_000);
+        // A clock that was set back does not move until it has made up for it.
+        let settled = |worker: &Worker| worker.clock_steps.iter().map(|(at, by)| at + by).max().unwrap_or(0);
+        let ready = ready.filter_map(|worker| Some(worker.met_store?.max(settled(worker)))).min()?;
+        (self.roomy && self.db_up).then(|| ready.max(self.quiet_since))
+    }
+
+    /// **L2**: an orphan is taken within `L + G`, one search and, under an embargo, one `L` more.
+    fn check_orphan(&mut self, claim: Claim) -> Verdict {
+        let terms = *self.terms_of(claim.worker);
+        let event = &self.events[claim.event as usize];
+        let Some(ready) = self.ready_since().filter(|_| event.reclaims + 1 < PROBATION) else {
+            self.stats.unchecked[Invariant::L2 as usize] += 1;
+            return Ok(());
+        };
+        self.stats.checked[Invariant::L2 as usize] += 1;
+        let overdue = u64::try_from(self.db.at(self.now) - event.until).unwrap_or(0);
+        let ran_out = self.now.saturating_sub(overdue) + terms.reclaim_grace;
+        let longest = self.terms.iter().map(|terms| terms.search_interval()).max().unwrap_or(0);
+        let bound = ran_out.max(ready + terms.lease) + longest + 4 * terms.store_timeout;
+        ensure!(
+            self,
+            L2,
+            self.now <= bound,
+            "event {} ran out {} us ago and was taken {} us late",
+            claim.event,
+            overdue,
+            self.now - bound
+        );
+        Ok(())
+    }
+
+    /// **L3**: what is due is taken by the next poll.
+    fn check_wait(&mut self, claim: Claim, attempted: bool) -> Verdict {
+        let event = &self.events[claim.event as usize];
+        let Some(ready) = self.ready_since().filter(|_| attempted && event.reclaims < PROBATION) else {
+            self.stats.unchecked[Invariant::L3 as usize] += 1;
+            return Ok(());
+        };
+        self.stats.checked[Invariant::L3 as usize] += 1;
+        let overdue = u64::try_from(self.db.at(self.now) - event.due).unwrap_or(0);
+        let poll =
+            self.terms.iter().map(|terms| terms.poll_interval + 4 * terms.store_timeout).max().unwrap_or(0);
+        let bound = (self.now - overdue.min(self.now)).max(event.freed_at).max(ready) + poll;
+        ensure!(
+            self,
+            L3,
+            self.now <= bound,
+            "event {} was due {overdue} us ago and was taken {} us late",
+            claim.event,
+            self.now - bound
+        );
+        Ok(())
+    }
+
+    #[allow(clippy::too_many_arguments, reason = "one fact's fields")]
+    pub(crate) fn restored(
+        &mut self,
+        event: u32,
+        status: Status,
+        attempts: u32,
+        due: DbMicros,
+        reclaims: u32,
+        owner: Option<(u32, i64)>,
+        until: DbMicros,
+    ) {
+        self.met(event, self.now, Change::Restored);
+        let (before, lease) = (self.events[event as usize].status, self.events[event as usize].lease);
+        let claim_lost = lease != NONE
+            && owner != Some((self.leases[lease as usize].worker, self.leases[lease as usize].token));
+        if claim_lost {
+            self.stats.saw(Sometimes::ClaimLost);
+        }
+        if before != status || attempts < self.events[event as usize].attempts {
+            self.stats.saw(Sometimes::SettleLost);
+        }
+        self.unlease(event);
+        self.move_to(event, status);
+        let book = &mut self.events[event as usize];
+        (book.attempts, book.due, book.reclaims) = (attempts, due, reclaims);
+        if let Some((worker, token)) = owner
+            && let Some(lease) = self.find(event, worker, token)
+        {
+            self.lease_to(event, lease, until);
+        }
+    }
+
+    pub(crate) fn vanished(&mut self, event: u32) {
+        self.unlease(event);
+        let status = self.events[event as usize].status;
+        self.count(status, -1);
+        self.events[event as usize].exists = false;
+    }
+
+    /// Whether an overlap of requests is one that the design names, by either holder's doing.
+    pub(crate) fn overlap_excused(&self, lease: u32) -> bool {
+        let excuses = self.excuses(&self.leases[lease as usize], None);
+        let lost = self.leases[lease as usize].lost;
+        !(excuses.among(crate::health::OVERLAP).none() && lost.among(crate::health::OVERLAP).none())
+    }
+}

@@ -1,0 +1,73 @@
+//! The settings that the promises depend on, as plain numbers of microseconds and counts.
+
+/// One worker's settings.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[allow(missing_docs, reason = "named after the settings of the design")]
+pub struct Terms {
+    pub lease: u64,
+    pub heartbeat: u64,
+    pub store_timeout: u64,
+    pub fence_margin: u64,
+    pub reclaim_grace: u64,
+    pub max_in_flight: u32,
+    pub max_in_flight_per_destination: u32,
+    pub max_leased: u32,
+    pub claim_batch: u32,
+    pub poll_interval: u64,
+    pub drain_timeout: u64,
+    pub request_timeout: u64,
+    pub reclaim_limit: u32,
+    pub retry_initial: u64,
+    pub retry_max: u64,
+    pub retry_jitter_bps: u32,
+    pub retry_budget: u32,
+    pub retry_after_max: u64,
+    /// A status that fails at once; 0 for none.
+    pub fail_status: u16,
+}
+
+impl Terms {
+    /// How many settled tries an event may have: its own limit, and one more than the budget if there is a budget.
+    pub fn tries(&self, max_attempts: u32) -> u32 {
+        match self.retry_budget {
+            0 => max_attempts,
+            budget => max_attempts.min(budget + 1),
+        }
+    }
+
+    /// The shortest and longest delay after that many settled tries (1 for the first), without `Retry-After`: the first
+    /// doubled for each further try, capped, give or take the jitter, capped again.
+    pub fn delay_bounds(&self, tries: u32) -> (u64, u64) {
+        let mut base = self.retry_initial;
+        for _ in 1..tries {
+            base = (base * 2).min(self.retry_max);
+            if base == self.retry_max {
+                break;
+            }
+        }
+        let base = base.min(self.retry_max);
+        let swing =
+            u64::try_from(u128::from(base) * u128::from(self.retry_jitter_bps) / 10_000).unwrap_or(base);
+        ((base - swing).max(1), (base + swing).min(self.retry_max))
+    }
+
+    /// How often expired leases are searched for.
+    pub fn search_interval(&self) -> u64 {
+        self.poll_interval.max(self.reclaim_grace / 2)
+    }
+
+    /// A bound within which a single worker brings that many events to their ends once faults stop, with tries of at
+    /// most `attempts` each, of which `poison` kill their worker `restart` microseconds long.
+    pub fn convergence_bound(&self, events: u32, attempts: u32, poison: u32, restart: u64) -> u64 {
+        let turn = self.request_timeout + 6 * self.store_timeout + self.poll_interval + 1_000_000;
+        let width =
+            u64::from(self.max_in_flight.min(self.max_in_flight_per_destination).min(self.max_leased)).max(1);
+        let rounds = u64::from(events).div_ceil(width);
+        let wait = self.retry_max.max(self.retry_after_max);
+        let run_out = 2 * self.lease + self.reclaim_grace + 2 * self.search_interval() + turn;
+        let deaths = u64::from(poison) * u64::from(self.reclaim_limit + 4);
+        // What ran out too often is tried one at a time.
+        let alone = u64::from(events) * (self.search_interval() + turn);
+        2 * run_out + alone + u64::from(attempts) * (wait + rounds * turn) + deaths * (run_out + restart)
+    }
+}

@@ -1,0 +1,176 @@
+//! Workers and their calls: the conditions of **S2**, **S9**'s single renewal, **L4**.
+
+use crate::clock::LocalClock;
+use crate::fact::{Down, Lane, Micros};
+use crate::ledger::{Call, LaneBook, NONE, Worker};
+use crate::{Oracle, Sometimes, Verdict, ensure};
+
+impl Oracle {
+    pub(crate) fn worker_up(&mut self, worker: u32, terms: u16, local: i64, ppm: i32) -> Verdict {
+        debug_assert_eq!(worker as usize, self.workers.len(), "workers are numbered in order");
+        self.workers.push(Worker {
+            terms,
+            clock: LocalClock::new(self.now, local, ppm),
+            down: None,
+            stops: Vec::new(),
+            stopped_since: None,
+            still_since: None,
+            clock_steps: Vec::new(),
+            worst_ppm: u64::from(ppm.unsigned_abs()),
+            lanes: [LaneBook::default(); 4],
+            drain_began: None,
+            open: 0,
+            open_by_destination: Vec::new(),
+            held: 0,
+            held_by_destination: Vec::new(),
+            unsure: false,
+            met_store: None,
+        });
+        Ok(())
+    }
+
+    pub(crate) fn worker_stopped(&mut self, worker: u32) -> Verdict {
+        let now = self.now;
+        self.workers[worker as usize].stopped_since.get_or_insert(now);
+        self.quiet_since = now;
+        Ok(())
+    }
+
+    pub(crate) fn worker_continued(&mut self, worker: u32) -> Verdict {
+        let lease = self.terms_of(worker).lease;
+        let book = &mut self.workers[worker as usize];
+        if let Some(since) = book.stopped_since.take() {
+            book.stops.push((since, self.now));
+            if self.now - since > lease {
+                self.stats.saw(Sometimes::StopBeyondLease);
+            }
+        }
+        self.quiet_since = self.now;
+        Ok(())
+    }
+
+    pub(crate) fn worker_clock(&mut self, worker: u32, local: i64, ppm: i32) -> Verdict {
+        let book = &mut self.workers[worker as usize];
+        let off = (local - book.clock.at(self.now)).unsigned_abs();
+        if off > 1 {
+            book.clock_steps.push((self.now, off));
+        }
+        // What a clock misses while it stands still is a step when it goes on.
+        if let Some(since) = book.still_since.take() {
+            book.clock_steps.push((self.now, self.now - since));
+        }
+        if ppm == crate::STANDS_STILL {
+            book.still_since = Some(self.now);
+        }
+        if ppm != crate::STANDS_STILL {
+            book.worst_ppm = book.worst_ppm.max(u64::from(ppm.unsigned_abs()));
+        }
+        book.clock = LocalClock::new(self.now, local, ppm);
+        self.quiet_since = self.now;
+        Ok(())
+    }
+
+    pub(crate) fn worker_down(&mut self, worker: u32, how: Down) -> Verdict {
+        self.sockets_closed(worker, how)?;
+        if how == Down::Ended {
+            self.check_drain(worker)?;
+            let unsettled = self.workers[worker as usize].held > 0;
+            self.stats.saw(if unsettled { Sometimes::DrainUnsettled } else { Sometimes::DrainClean });
+        }
+        let book = &mut self.workers[worker as usize];
+        if let Some(since) = book.stopped_since.take() {
+            book.stops.push((since, self.now));
+        }
+        book.down = Some(how);
+        self.quiet_since = self.now;
+        Ok(())
+    }
+
+    /// **L4**: the timeout, by the worker's own clock while it was running.
+    fn check_drain(&mut self, worker: u32) -> Verdict {
+        let book = &self.workers[worker as usize];
+        let Some(began) = book.drain_began else { return Ok(()) };
+        let terms = self.terms_of(worker);
+        let took = self.now - began - book.stopped_between(began, self.now);
+        let drift = took * book.worst_ppm / 900_000 + book.clock_stepped_since(began);
+        let bound = terms.drain_timeout + drift + 10_000;
+        ensure!(
+            self,
+            L4,
+            took <= bound,
+            "worker {worker} has drained for {took} us, allowed are {}",
+            terms.drain_timeout
+        );
+        Ok(())
+    }
+
+    pub(crate) fn workers_finished(&mut self) -> Verdict {
+        for worker in 0..self.workers.len() as u32 {
+            if self.workers[worker as usize].down.is_none() {
+                self.check_drain(worker)?;
+            }
+        }
+        Ok(())
+    }
+
+    pub(crate) fn call_sent(&mut self, worker: u32, call: u32, lane: Lane) -> Verdict {
+        debug_assert_eq!(call as usize, self.calls.len(), "calls are numbered in order");
+        let book = &mut self.workers[worker as usize];
+        let sent_local = book.clock.at(self.now);
+        self.calls.push(Call { lane, sent: self.now, sent_local, over: false, applied: NONE });
+        let under_way = &mut book.lanes[lane.number()].under_way;
+        *under_way += 1;
+        let under_way = *under_way;
+        ensure!(self, S9, under_way == 1, "worker {worker} has {under_way} calls of lane {lane:?} under way");
+        Ok(())
+    }
+
+    pub(crate) fn call_answered(&mut self, worker: u32, call: u32, arrived: Micros) -> Verdict {
+        let timeout = self.terms_of(worker).store_timeout;
+        let book = &mut self.calls[call as usize];
+        if book.over {
+            return Ok(());
+        }
+        book.over = true;
+        let Call { lane, sent, sent_local, mut applied, .. } = *book;
+        while applied != NONE {
+            let link = self.links[applied as usize];
+            let lease = &mut self.leases[link.lease as usize];
+            lease.confirmed = lease.confirmed.max(sent_local);
+            applied = link.next;
+        }
+        let now = self.now;
+        let holder = &mut self.workers[worker as usize];
+        let lane_book = &mut holder.lanes[lane.number()];
+        lane_book.under_way = lane_book.under_way.saturating_sub(1);
+        if arrived - sent <= timeout {
+            lane_book.misses = 0;
+        } else {
+            lane_book.misses = lane_book.misses.saturating_add(1);
+            if lane_book.misses >= 2 {
+                lane_book.double_miss = Some(now);
+            }
+        }
+        if lane == Lane::Claim {
+            holder.met_store.get_or_insert(now);
+        }
+        Ok(())
+    }
+
+    pub(crate) fn call_failed(&mut self, worker: u32, call: u32) -> Verdict {
+        let now = self.now;
+        let book = &mut self.calls[call as usize];
+        book.over = true;
+        let lane = book.lane;
+        let holder = &mut self.workers[worker as usize];
+        let lane_book = &mut holder.lanes[lane.number()];
+        lane_book.under_way = lane_book.under_way.saturating_sub(1);
+        lane_book.misses = lane_book.misses.saturating_add(1);
+        if lane_book.misses >= 2 {
+            lane_book.double_miss = Some(now);
+        }
+        holder.unsure |= lane == Lane::Claim;
+        self.quiet_since = now;
+        Ok(())
+    }
+}

@@ -1,0 +1,219 @@
+//! Store calls on their way: the network, the statement, the commit, the reply.
+
+use leasehold::machine::{Input, RequestId, StoreFault};
+use sim_oracle::{Fact, Lane};
+
+use crate::process::Item;
+use crate::store::{Ask, Reply, Statement};
+use crate::world::{Call, Happening, World};
+
+impl World<'_> {
+    fn network_delay(&mut self) -> u64 {
+        let (least, most) = self.schedule.pace.network;
+        let delay = self.net.within(least, most);
+        if self.weather.delay > 0 { delay + self.net.below(self.weather.delay + 1) } else { delay }
+    }
+
+    /// A process calls the store.
+    pub(crate) fn call(&mut self, worker: u32, request: RequestId, ask: Ask) {
+        let call = self.calls.len() as u32;
+        let lane = match &ask {
+            Ask::Claim(_) => Lane::Claim,
+            Ask::Owned(_) => Lane::Owned,
+            Ask::Renew(renew) if renew.wait => Lane::RenewAlone,
+            Ask::Renew(_) => Lane::Renew,
+            Ask::Settle(_) => Lane::Settle,
+        };
+        let statement = self.statements.len() as u32;
+        self.calls.push(Call { worker, request, done: false, arrived: None, reply: None, statement });
+        self.emit(Fact::CallSent { worker, call, lane });
+        let slot = self.processes[worker as usize].slot;
+        let timeout = self.schedule.settings[self.schedule.slots[slot].settings].store_timeout;
+        let copy = self.net.rarely(self.weather.duplicate) && matches!(lane, Lane::Renew | Lane::Settle);
+        let copy = copy.then(|| ask.clone());
+        self.statements.push(Some(Statement::new(call, worker, ask)));
+        self.after(timeout, Happening::Driver(worker, Item::TimedOut(call)));
+        self.send_statement(slot, statement);
+        if let Some(ask) = copy {
+            self.statements.push(Some(Statement::new(call, worker, ask)));
+            self.send_statement(slot, statement + 1);
+        }
+    }
+
+    fn send_statement(&mut self, slot: usize, statement: u32) {
+        let delay = self.network_delay();
+        if !self.slots[slot].cut_to && !self.net.rarely(self.weather.loss) {
+            self.after(delay, Happening::Arrive(statement));
+        }
+    }
+
+    /// A fault as the input that answers a statement's question.
+    pub(crate) fn statement_input(
+        &self,
+        statement: u32,
+        request: RequestId,
+        fault: StoreFault,
+    ) -> Option<Input> {
+        // What was asked is still known: a statement is dropped after its commit only, and the call then has a reply.
+        let kind = self.statements[statement as usize].as_ref().map(|statement| &statement.ask)?;
+        Some(match kind {
+            Ask::Claim(_) => Input::Claimed { request, reply: Err(fault) },
+            Ask::Renew(_) => Input::Renewed { request, reply: Err(fault) },
+            Ask::Settle(_) => Input::Settled { request, reply: Err(fault) },
+            Ask::Owned(_) => Input::Owned { request, reply: Err(fault) },
+        })
+    }
+
+    /// The client gave a call up: it closes the connection and has the server cancel the statement where it can.
+    pub(crate) fn give_up(&mut self, call: u32) {
+        let book = &self.calls[call as usize];
+        let (statement, slot) = (book.statement, self.processes[book.worker as usize].slot);
+        if !self.slots[slot].cut_to && self.chance.percent(50) {
+            let delay = self.network_delay();
+            self.after(delay, Happening::Cancel(statement, call));
+        }
+    }
+
+    /// A statement reaches the server.
+    pub(crate) fn arrive(&mut self, id: u32) {
+        let (now, epoch) = (self.now, self.store.epoch);
+        let refused = !self.store.up || self.store.read_only;
+        let Some(statement) = &mut self.statements[id as usize] else { return };
+        (statement.began, statement.epoch) = (now, epoch);
+        let call = statement.call;
+        if refused {
+            return self.reply(call, Reply::NotApplied);
+        }
+        let stall = if self.weather.stall > 0 { self.pace.below(self.weather.stall + 1) } else { 0 };
+        if stall > 0 {
+            self.after(stall, Happening::LocksTurn(id));
+        } else {
+            self.take_locks(id);
+        }
+    }
+
+    fn alive(&self, id: u32) -> bool {
+        let statement = self.statements[id as usize].as_ref();
+        statement.is_some_and(|statement| self.store.up && statement.epoch == self.store.epoch)
+    }
+
+    /// A statement takes its locks, or waits for one.
+    pub(crate) fn take_locks(&mut self, id: u32) {
+        if !self.alive(id) {
+            return;
+        }
+        let Some(mut statement) = self.statements[id as usize].take() else { return };
+        let ready = self.store.begin_work(id, &mut statement, self.now);
+        self.statements[id as usize] = Some(statement);
+        if ready {
+            let (least, most) = self.schedule.pace.commit;
+            let mut delay = self.pace.within(least, most);
+            let (rate, late) = self.weather.late_commit;
+            if self.chance.rarely(rate) {
+                delay += late;
+            }
+            self.after(delay, Happening::Commit(id));
+        }
+    }
+
+    pub(crate) fn go_on(&mut self, waiting: Option<u32>) {
+        if let Some(id) = waiting {
+            self.at(self.now, Happening::LocksTurn(id));
+        }
+    }
+
+    /// A statement commits, or is rolled back.
+    pub(crate) fn commit(&mut self, id: u32) {
+        if !self.alive(id) {
+            return;
+        }
+        let Some(statement) = self.statements[id as usize].take() else { return };
+        let call = statement.call;
+        let impossible = self.store.impossible(&statement);
+        if impossible.is_some() || self.chance.rarely(self.weather.abort) {
+            let next = self.store.roll_back(id, &statement, &mut self.facts);
+            self.emit_store_facts();
+            self.go_on(next);
+            let mut reply = Reply::NotApplied;
+            if let Some(keys) = impossible {
+                reply = Reply::Permanent;
+                for key in keys {
+                    let (event, token) = (key.row.0 as u32, key.token.0);
+                    self.emit(Fact::SettleImpossible { worker: statement.worker, event, token });
+                }
+            }
+            self.statements[id as usize] = Some(statement);
+            return self.reply(call, reply);
+        }
+        let reply = self.store.commit(&statement, self.now, &mut self.facts);
+        let next = self.store.finish(id, &statement);
+        self.emit_store_facts();
+        self.go_on(next);
+        // The statement stays until its call is over, so that a late time-out still knows what it had asked.
+        self.statements[id as usize] = Some(statement);
+        self.mark_committed(id);
+        if !self.chance.rarely(self.weather.lost_reply) {
+            self.reply(call, reply);
+        }
+    }
+
+    fn mark_committed(&mut self, id: u32) {
+        if let Some(statement) = &mut self.statements[id as usize] {
+            statement.epoch = u32::MAX;
+        }
+    }
+
+    /// The server cancels a statement whose client has gone, if it has not committed.
+    pub(crate) fn cancel(&mut self, id: u32, call: u32) {
+        if !self.alive(id) || !self.calls[call as usize].done {
+            return;
+        }
+        let Some(statement) = self.statements[id as usize].take() else { return };
+        let next = self.store.roll_back(id, &statement, &mut self.facts);
+        self.store.stop_waiting(id);
+        self.emit_store_facts();
+        self.go_on(next);
+    }
+
+    fn reply(&mut self, call: u32, reply: Reply) {
+        let slot = self.processes[self.calls[call as usize].worker as usize].slot;
+        let delay = self.network_delay();
+        if self.slots[slot].cut_from || self.net.rarely(self.weather.loss) {
+            return;
+        }
+        let book = &mut self.calls[call as usize];
+        if book.done || book.reply.is_some() {
+            return;
+        }
+        let twice = self.net.rarely(self.weather.duplicate);
+        book.reply = Some(reply);
+        self.after(delay, Happening::ReplyArrives(call));
+        if twice {
+            self.after(delay + 1_000, Happening::ReplyArrives(call));
+        }
+    }
+
+    /// A reply is in the worker's socket.
+    pub(crate) fn reply_arrives(&mut self, call: u32) {
+        let now = self.now;
+        let book = &mut self.calls[call as usize];
+        let worker = book.worker;
+        if book.done {
+            // The connection was given up, or this is a duplicate: the machine is told something it never asked.
+            if book.arrived.is_some() && book.reply.is_none() {
+                let request = book.request;
+                let fault = StoreFault::NotApplied { error: String::new() };
+                if let Some(input) = self.statement_input(self.calls[call as usize].statement, request, fault)
+                    && self.processes[worker as usize].stops == 0
+                {
+                    self.input(worker, input);
+                }
+            }
+            return;
+        }
+        if book.arrived.is_none() {
+            book.arrived = Some(now);
+            self.drive(worker, Item::Reply(call));
+        }
+    }
+}

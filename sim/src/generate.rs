@@ -1,0 +1,427 @@
+//! From a seed and a profile to a schedule.
+
+use crate::rng::Rng;
+use crate::schedule::{
+    Asked, Cut, Destination, EventPlan, Fault, Manner, Pace, Profile, Schedule, Settings, Slot, Timed,
+};
+
+const MS: u64 = 1_000;
+const S: u64 = 1_000_000;
+
+/// The profile of a seed in a mixed search.
+pub fn profile_of(seed: u64) -> Profile {
+    use Profile as P;
+    const MIX: [Profile; 20] = [
+        P::Swarm,
+        P::OneFault,
+        P::Swarm,
+        P::Storm,
+        P::Edge,
+        P::Swarm,
+        P::Failover,
+        P::OneFault,
+        P::Swarm,
+        P::Liveness,
+        P::Clock,
+        P::Swarm,
+        P::SlowEndpoints,
+        P::Deploy,
+        P::Swarm,
+        P::Calm,
+        P::Poison,
+        P::OneFault,
+        P::Storm,
+        P::Swarm,
+    ];
+    MIX[(seed % MIX.len() as u64) as usize]
+}
+
+/// A class of faults; a swarm turns each on or off.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Class {
+    Crash,
+    CrashAmid,
+    CrashOnAnswer,
+    Pause,
+    PauseAtSend,
+    Suspend,
+    Starve,
+    ClockStep,
+    Drift,
+    Partition,
+    Loss,
+    Duplicate,
+    LostReply,
+    LateCommit,
+    Abort,
+    Delay,
+    Stall,
+    LockRow,
+    DbStep,
+    Restart,
+    Failover,
+    ReadOnly,
+    Manner,
+    Drain,
+}
+
+const CLASSES: [Class; 24] = [
+    Class::Crash,
+    Class::CrashAmid,
+    Class::CrashOnAnswer,
+    Class::Pause,
+    Class::PauseAtSend,
+    Class::Suspend,
+    Class::Starve,
+    Class::ClockStep,
+    Class::Drift,
+    Class::Partition,
+    Class::Loss,
+    Class::Duplicate,
+    Class::LostReply,
+    Class::LateCommit,
+    Class::Abort,
+    Class::Delay,
+    Class::Stall,
+    Class::LockRow,
+    Class::DbStep,
+    Class::Restart,
+    Class::Failover,
+    Class::ReadOnly,
+    Class::Manner,
+    Class::Drain,
+];
+
+/// Makes the schedule of a seed.
+pub fn generate(seed: u64, profile: Profile) -> Schedule {
+    let mut rng = Rng::new(seed, "topology");
+    let events = match profile {
+        Profile::Poison => rng.within(20, 60),
+        _ => rng.spread(1, 40),
+    } as u32;
+    let mut settings = vec![make_settings(&mut Rng::new(seed, "settings"), profile, events)];
+    if rng.percent(if profile == Profile::Deploy { 60 } else { 12 }) {
+        settings.push(make_settings(&mut Rng::new(seed, "new settings"), profile, events));
+    }
+    let lease = settings[0].lease;
+    let slots = make_slots(&mut rng, profile, settings.len(), lease);
+    let heal_at = rng.within(3, 8) * lease + rng.within(0, 2 * S);
+    let mut workload = Rng::new(seed, "workload");
+    let destinations = make_destinations(&mut workload, profile, &settings[0]);
+    let events = make_events(&mut workload, profile, events, destinations.len(), heal_at, &settings[0]);
+    let timeout = settings.iter().map(|settings| settings.store_timeout).min().unwrap_or(S);
+    let pace = make_pace(&mut Rng::new(seed, "pace of things"), profile, lease, timeout);
+    let mut schedule =
+        Schedule { seed, profile, settings, slots, destinations, events, pace, faults: Vec::new(), heal_at };
+    let mut faults = Vec::new();
+    add_faults(&schedule, &mut Rng::new(seed, "faults"), &mut faults);
+    faults.sort_by_key(|timed| timed.at);
+    schedule.faults = faults;
+    schedule
+}
+
+fn make_settings(rng: &mut Rng, profile: Profile, events: u32) -> Settings {
+    let lease = *rng.pick(&[S, 2 * S, 3 * S, 5 * S, 5 * S, 10 * S, 30 * S]);
+    let (mut heartbeat, mut timeout, mut margin, mut grace) =
+        (lease / 3, (lease / 6).min(5 * S), lease / 10, lease / 10);
+    let edge = profile == Profile::Edge;
+    if edge || rng.percent(30) {
+        let tiny = if edge && rng.percent(10) { MS } else { lease / 60 };
+        timeout = rng.spread(tiny, (lease / 4).min(5 * S));
+        margin = rng.spread(tiny, lease / 5);
+        let most = lease - 2 * timeout - margin;
+        heartbeat = if edge && rng.percent(70) { most } else { rng.within(100 * MS, most) };
+        grace = if rng.percent(25) { 0 } else { rng.spread(1, lease / 2) };
+    }
+    let roomy = rng.percent(60);
+    let initial = rng.spread(10 * MS, S);
+    let drain = 2 * timeout + rng.within(2 * MS, 2 * lease);
+    Settings {
+        lease,
+        heartbeat,
+        store_timeout: timeout,
+        fence_margin: margin,
+        reclaim_grace: grace,
+        max_in_flight: if roomy { events.max(1) * 4 } else { rng.within(1, 8) as u32 },
+        max_in_flight_per_destination: if roomy { events.max(1) * 2 } else { rng.within(1, 4) as u32 },
+        max_leased: if roomy { events.max(1) * 4 } else { rng.within(1, 16) as u32 },
+        claim_batch: if roomy { events.max(1) * 2 } else { rng.within(1, 8) as u32 },
+        poll_interval: rng.spread(lease / 30, lease / 4),
+        drain_timeout: drain,
+        request_timeout: rng.within(lease / 4, 3 * lease),
+        reclaim_limit: if profile == Profile::Poison || rng.percent(30) {
+            rng.within(4, 8) as u32
+        } else {
+            100
+        },
+        retry_initial: initial,
+        retry_max: rng.within(initial, initial + 4 * S),
+        retry_jitter_bps: *rng.pick(&[0, 2_000, 2_000, 10_000]),
+        retry_budget: if rng.percent(20) { rng.within(1, 4) as u32 } else { 0 },
+        retry_after_max: rng.within(0, 5 * S),
+        fail_status: *rng.pick(&[0, 0, 410]),
+    }
+}
+
+fn make_slots(rng: &mut Rng, profile: Profile, settings: usize, lease: u64) -> Vec<Slot> {
+    let drift = match profile {
+        Profile::Clock => 20_000,
+        _ if rng.percent(30) => 200,
+        _ => 0,
+    };
+    let slots = rng.within(1, 4).max(if profile == Profile::Liveness { 2 } else { 1 });
+    let slot = |_| Slot {
+        settings: rng.below(settings as u64) as usize,
+        starts: if rng.percent(60) { rng.below(50 * MS) } else { rng.below(lease) },
+        clock: rng.spread(1, 1 << 40),
+        ppm: rng.within(0, 2 * drift) as i32 - drift as i32,
+    };
+    (0..slots).map(slot).collect()
+}
+
+fn manner(rng: &mut Rng, settings: &Settings) -> Manner {
+    let lease = settings.lease;
+    match rng.below(12) {
+        0 | 1 => Manner::Ok(lease / 2, 3 * lease),
+        2 => Manner::Ok(lease / 10, lease),
+        3 => Manner::Status(*rng.pick(&[500, 502, 504, 404, 301, 307])),
+        4 => Manner::Status(410),
+        5 | 6 => {
+            let asked = match rng.below(5) {
+                0 => Asked::Delay(rng.spread(1, 100_000 * S)),
+                1 => Asked::Delay(rng.below(3) * S),
+                2 => Asked::Date(rng.within(0, 6 * S) as i64),
+                3 => Asked::Date(-(rng.spread(1, 1_000 * S) as i64)),
+                _ => Asked::Garbage,
+            };
+            Manner::RetryAfter(*rng.pick(&[429, 503, 503, 500]), asked)
+        }
+        7 => Manner::Hang,
+        8 => Manner::ResetBefore,
+        9 => Manner::ResetAfter,
+        10 => Manner::TooLate,
+        _ => Manner::Undeliverable,
+    }
+}
+
+fn make_destinations(rng: &mut Rng, profile: Profile, settings: &Settings) -> Vec<Destination> {
+    let count = *rng.pick(&[1, 1, 2, 3, 4]);
+    let one = |_| {
+        let mut manners = vec![(10, Manner::Ok(MS, 50 * MS))];
+        let odd = match profile {
+            Profile::Calm | Profile::OneFault => rng.below(2),
+            Profile::SlowEndpoints => rng.within(2, 5),
+            _ => rng.below(4),
+        };
+        for _ in 0..odd {
+            manners.push((rng.within(1, 8) as u32, manner(rng, settings)));
+        }
+        // A destination that is slow beyond the lease is what heartbeats are for.
+        if rng.percent(50) {
+            manners.push((6, Manner::Ok(settings.lease / 2, 3 * settings.lease)));
+        }
+        Destination { manners }
+    };
+    (0..count).map(one).collect()
+}
+
+fn make_events(
+    rng: &mut Rng,
+    profile: Profile,
+    events: u32,
+    destinations: usize,
+    heal_at: u64,
+    settings: &Settings,
+) -> Vec<EventPlan> {
+    let poison = match profile {
+        Profile::Poison => Some(rng.below(u64::from(events)) as u32),
+        _ => None,
+    };
+    let cursed = (settings.reclaim_limit < 100 && poison.is_none() && rng.percent(10))
+        .then(|| rng.below(u64::from(events)) as u32);
+    let one = |event| EventPlan {
+        at: if rng.percent(30) { rng.below(50 * MS) } else { rng.below(heal_at * 3 / 4) },
+        destination: rng.below(destinations as u64) as u16,
+        max_attempts: *rng.pick(&[1, 2, 3, 5, 8]),
+        delay: if rng.percent(10) { rng.below(2 * S) } else { 0 },
+        attempts: if rng.percent(3) { rng.within(1, 6) as u32 } else { 0 },
+        kills: if poison == Some(event) {
+            if rng.percent(70) { u32::MAX } else { rng.within(1, 4) as u32 }
+        } else {
+            0
+        },
+        cursed: cursed == Some(event),
+    };
+    let mut plans: Vec<EventPlan> = (0..events).map(one).collect();
+    plans.sort_by_key(|plan| plan.at);
+    plans
+}
+
+/// Without faults a round trip takes less than half of `R`.
+fn make_pace(rng: &mut Rng, profile: Profile, lease: u64, timeout: u64) -> Pace {
+    let network = rng.spread(20, (timeout / 8).min(5 * MS));
+    let close = if profile == Profile::Calm { MS } else { rng.spread(10, lease / 40) };
+    Pace {
+        network: (network / 2, network),
+        commit: (20, rng.spread(40, (timeout / 5).min(10 * MS))),
+        connect: rng.spread(100, 50 * MS),
+        close,
+    }
+}
+
+fn add_faults(schedule: &Schedule, rng: &mut Rng, faults: &mut Vec<Timed>) {
+    use Class as C;
+    let several = |rng: &mut Rng, faults: &mut Vec<Timed>, classes: &[Class], most: u64| {
+        for class in classes {
+            for _ in 0..rng.within(1, most) {
+                add(*class, schedule, rng, faults);
+            }
+        }
+    };
+    match schedule.profile {
+        Profile::Calm | Profile::Poison => {}
+        Profile::OneFault => {
+            let class = *rng.pick(&CLASSES);
+            add(class, schedule, rng, faults);
+        }
+        Profile::Swarm | Profile::Liveness => {
+            let rate = rng.within(5, 50);
+            let on: Vec<Class> = CLASSES.into_iter().filter(|_| rng.percent(rate)).collect();
+            several(rng, faults, &on, 3);
+        }
+        Profile::Storm => several(rng, faults, &CLASSES, 3),
+        Profile::Clock => {
+            several(rng, faults, &[C::ClockStep, C::Drift, C::DbStep], 3);
+            for class in [C::Suspend, C::Pause, C::Crash] {
+                if rng.percent(50) {
+                    add(class, schedule, rng, faults);
+                }
+            }
+        }
+        Profile::Failover => {
+            several(rng, faults, &[C::Failover], 2);
+            for class in [C::Restart, C::ReadOnly, C::LateCommit, C::LostReply, C::Crash, C::DbStep] {
+                if rng.percent(40) {
+                    add(class, schedule, rng, faults);
+                }
+            }
+        }
+        Profile::SlowEndpoints => several(rng, faults, &[C::Manner, C::Manner], 3),
+        Profile::Deploy => {
+            let lease = schedule.settings[0].lease;
+            let mut at = rng.below(schedule.heal_at / 2);
+            for slot in 0..schedule.slots.len() {
+                let lasts = rng.spread(10 * MS, 2 * lease);
+                faults.push(Timed { at, lasts, fault: Fault::Drain(slot) });
+                at += rng.within(0, lease);
+            }
+            for class in [C::Drain, C::Manner, C::LostReply, C::Loss, C::Pause, C::Crash] {
+                if rng.percent(30) {
+                    add(class, schedule, rng, faults);
+                }
+            }
+        }
+        Profile::Edge => {
+            for class in [
+                C::Delay,
+                C::Stall,
+                C::LateCommit,
+                C::LostReply,
+                C::Loss,
+                C::LockRow,
+                C::Pause,
+                C::DbStep,
+                C::Manner,
+            ] {
+                if rng.percent(40) {
+                    add(class, schedule, rng, faults);
+                }
+            }
+        }
+    }
+    if schedule.profile == Profile::Liveness {
+        // One slot and the store are the healed core; what else is broken stays broken.
+        for slot in 1..schedule.slots.len() {
+            if rng.percent(60) {
+                faults.push(Timed { at: schedule.heal_at, lasts: u64::MAX, fault: Fault::Crash(slot) });
+            }
+        }
+        for destination in 1..schedule.destinations.len() {
+            if rng.percent(30) {
+                let fault = Fault::Manner(destination as u16, Manner::Hang);
+                faults.push(Timed { at: schedule.heal_at, lasts: u64::MAX, fault });
+            }
+        }
+    }
+}
+
+/// A duration that is short, medium or long as the protocol sees it.
+fn duration(rng: &mut Rng, settings: &Settings) -> u64 {
+    let (margin, timeout, lease) = (settings.fence_margin, settings.store_timeout, settings.lease);
+    match rng.below(5) {
+        0 => rng.spread(MS, margin.max(2 * MS)),
+        1 => rng.spread(MS, 2 * timeout),
+        2 => rng.within(margin, lease),
+        3 => rng.within(lease, 2 * lease),
+        _ => rng.spread(MS, 3 * lease),
+    }
+}
+
+fn signed(rng: &mut Rng, most: u64) -> i64 {
+    let size = rng.spread(1, most.max(1)) as i64;
+    if rng.percent(50) { size } else { -size }
+}
+
+fn add(class: Class, schedule: &Schedule, rng: &mut Rng, faults: &mut Vec<Timed>) {
+    let settings = &schedule.settings[0];
+    let (lease, grace) = (settings.lease, settings.reclaim_grace);
+    let timeout = schedule.settings.iter().map(|settings| settings.store_timeout).min().unwrap_or(S);
+    let slot = rng.below(schedule.slots.len() as u64) as usize;
+    let at = rng.below(schedule.heal_at * 9 / 10);
+    let lasts = duration(rng, settings).min(schedule.heal_at - at);
+    let rate = rng.spread(300, 40_000) as u32;
+    let (fault, lasts) = match class {
+        Class::Crash => (Fault::Crash(slot), lasts),
+        Class::CrashAmid => (Fault::CrashAmid(slot, rng.below(12) as u32), lasts.max(lease / 2)),
+        Class::CrashOnAnswer => (Fault::CrashOnAnswer(slot), lasts.max(lease / 2)),
+        Class::Pause => (Fault::Pause(slot), lasts),
+        Class::PauseAtSend => (Fault::PauseAtSend(slot), lasts),
+        Class::Suspend => (Fault::Suspend(slot), lasts),
+        Class::Starve => {
+            let turn = rng.spread(100, 50 * MS);
+            (Fault::Starve(slot, turn, rng.spread(MS, 2 * settings.fence_margin)), lasts)
+        }
+        Class::ClockStep => {
+            let most = if rng.percent(50) { settings.fence_margin } else { 2 * lease };
+            (Fault::ClockStep(slot, signed(rng, most)), 1)
+        }
+        Class::Drift => (Fault::Drift(slot, signed(rng, 20_000) as i32), lasts),
+        Class::Partition => {
+            (Fault::Partition(slot, *rng.pick(&[Cut::ToStore, Cut::FromStore, Cut::Both])), lasts)
+        }
+        Class::Loss => (Fault::Loss(rate), lasts),
+        Class::Duplicate => (Fault::Duplicate(rate), lasts),
+        Class::LostReply => (Fault::LostReply(rate), lasts),
+        Class::LateCommit => (Fault::LateCommit(rate, rng.spread(timeout / 2 + 1, 2 * timeout)), lasts),
+        Class::Abort => (Fault::Abort(rate), lasts),
+        Class::Delay => (Fault::Delay(rng.spread(MS, timeout + timeout / 4)), lasts),
+        Class::Stall => (Fault::Stall(rng.spread(MS, timeout + timeout / 4)), lasts),
+        Class::LockRow => (Fault::LockRow(rng.below(schedule.events.len() as u64) as u32), lasts),
+        Class::DbStep => {
+            let most = if rng.percent(60) { grace } else { 2 * lease };
+            (Fault::DbStep(signed(rng, most)), 1)
+        }
+        Class::Restart => (Fault::Restart, lasts),
+        Class::Failover => {
+            let step = if rng.percent(30) { signed(rng, grace) } else { 0 };
+            (Fault::Failover(rng.spread(MS, lease), step), lasts)
+        }
+        Class::ReadOnly => (Fault::ReadOnly, lasts),
+        Class::Manner => {
+            let destination = rng.below(schedule.destinations.len() as u64) as u16;
+            (Fault::Manner(destination, manner(rng, settings)), lasts)
+        }
+        Class::Drain => (Fault::Drain(slot), lasts),
+    };
+    faults.push(Timed { at, lasts, fault });
+}

@@ -1,0 +1,347 @@
+//! The simulator's command line. `cargo sim` runs it.
+
+use std::io::{IsTerminal as _, Write as _};
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+use sim::bugs::Bug;
+use sim::search::{Found, Plan, Report, search};
+use sim::shrink::shrink;
+use sim::{Options, Profile, Schedule};
+use sim_oracle::{Change, Invariant, RowState, Sometimes};
+
+#[derive(Parser)]
+#[command(about = "Searches seeded schedules of faults for broken promises")]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Search many seeds.
+    Run {
+        /// How many seeds.
+        #[arg(long, default_value_t = 100_000)]
+        seeds: u64,
+        /// The first one.
+        #[arg(long, default_value_t = 0)]
+        from: u64,
+        /// One profile for all; otherwise each seed has its own.
+        #[arg(long)]
+        profile: Option<Profile>,
+        /// How many threads; all cores by default.
+        #[arg(short, long)]
+        jobs: Option<usize>,
+        /// Stop after so many failures.
+        #[arg(long, default_value_t = 20)]
+        enough: usize,
+    },
+    /// Run one seed, or a schedule from a file.
+    Replay {
+        /// A seed or a file.
+        what: String,
+        /// The seed's profile, if it is not its own.
+        #[arg(long)]
+        profile: Option<Profile>,
+        /// Tell the story.
+        #[arg(long)]
+        trace: bool,
+        /// Draw a timeline into this file.
+        #[arg(long)]
+        svg: Option<PathBuf>,
+        /// Plant a bug.
+        #[arg(long)]
+        bug: Option<String>,
+    },
+    /// Shrink the schedule of a failing seed or file, and tell its story.
+    Shrink {
+        /// A seed or a file.
+        what: String,
+        /// The seed's profile, if it is not its own.
+        #[arg(long)]
+        profile: Option<Profile>,
+        /// Write the shrunk schedule here.
+        #[arg(long)]
+        out: Option<PathBuf>,
+        /// Draw its timeline into this file.
+        #[arg(long)]
+        svg: Option<PathBuf>,
+        /// Plant a bug.
+        #[arg(long)]
+        bug: Option<String>,
+    },
+    /// Show that each planted bug is found.
+    Bugs {
+        /// Only this one.
+        #[arg(long)]
+        id: Option<String>,
+        /// Search so many seeds and count the hits, instead of stopping at the first one.
+        #[arg(long)]
+        seeds: Option<u64>,
+    },
+    /// Show which situations and changes of rows a search visits.
+    Coverage {
+        /// How many seeds.
+        #[arg(long, default_value_t = 5_000)]
+        seeds: u64,
+    },
+    /// Run seeds twice and compare the hashes of their traces.
+    Determinism {
+        /// How many seeds.
+        #[arg(long, default_value_t = 100)]
+        seeds: u64,
+        /// Print the hashes, to be compared with another process's or build's.
+        #[arg(long)]
+        print: bool,
+    },
+    /// Measure.
+    Bench {
+        /// How many seeds.
+        #[arg(long, default_value_t = 20_000)]
+        seeds: u64,
+    },
+}
+
+fn cores() -> usize {
+    std::thread::available_parallelism().map_or(1, std::num::NonZero::get)
+}
+
+fn load(what: &str, profile: Option<Profile>) -> Result<Schedule, String> {
+    if let Ok(seed) = what.parse() {
+        return Ok(sim::generate(seed, profile.unwrap_or_else(|| sim::profile_of(seed))));
+    }
+    let text = std::fs::read_to_string(what).map_err(|error| format!("{what}: {error}"))?;
+    serde_json::from_str(&text).map_err(|error| format!("{what}: {error}"))
+}
+
+fn bug_named(name: Option<String>) -> Result<Option<Bug>, String> {
+    let Some(name) = name else { return Ok(None) };
+    let found = Bug::ALL.iter().copied().find(|bug| bug.name().eq_ignore_ascii_case(&name));
+    found.map(Some).ok_or_else(|| format!("no planted bug is called {name:?}; `cargo sim bugs` lists them"))
+}
+
+/// A search with a progress bar on a terminal.
+fn watched(plan: &Plan) -> Report {
+    let all = plan.seeds.end - plan.seeds.start;
+    let bar = std::io::stderr().is_terminal() && all > 5_000;
+    let report = search(plan, &|done| {
+        if bar && done % 1_024 < 32 {
+            let part = (done.min(all) * 40 / all) as usize;
+            eprint!("\r[{:<40}] {done} of {all} seeds", "#".repeat(part));
+            let _ = std::io::stderr().flush();
+        }
+    });
+    if bar {
+        eprintln!();
+    }
+    report
+}
+
+fn summary(report: &Report) -> String {
+    let per = |count: u64| count as f64 / report.seeds.max(1) as f64;
+    format!(
+        "{} seeds, {} of them tested the promise; a seed has {:.0} events, {:.0} facts, {:.1} simulated s\n{}",
+        report.seeds,
+        report.searched,
+        per(report.steps),
+        per(report.stats.facts),
+        per(report.simulated) / 1e6,
+        report.stats
+    )
+}
+
+fn tell(schedule: &Schedule, options: Options, trace: bool, svg: Option<&Path>) -> Result<bool, String> {
+    let outcome = sim::run(schedule, Options { keep: true, ..options });
+    if trace {
+        print!("{}", sim::story::story(schedule, &outcome.facts));
+    }
+    if let Some(path) = svg {
+        let drawing = sim::timeline::timeline(schedule, &outcome.facts, outcome.violation.as_ref());
+        std::fs::write(path, drawing).map_err(|error| format!("{}: {error}", path.display()))?;
+    }
+    let (seed, profile, hash) = (schedule.seed, schedule.profile, outcome.hash);
+    match outcome.violation {
+        Some(violation) => {
+            println!("{}", Found { seed, profile, violation, hash }.line());
+            Ok(false)
+        }
+        None => {
+            println!("ok seed={seed} profile={profile} trace={hash:016x}");
+            Ok(true)
+        }
+    }
+}
+
+fn bugs(only: Option<Bug>, seeds: Option<u64>) -> bool {
+    let mut good = true;
+    println!(
+        "{:<24} {:<8} {:<18} {:>7} {:>7}  also broken first",
+        "bug", "place", "invariant", "seed", "budget"
+    );
+    for bug in Bug::ALL.iter().copied().filter(|bug| only.is_none_or(|only| only == *bug)) {
+        let options = Options { bug: Some(bug), ..Options::default() };
+        let mut others: Vec<Invariant> = Vec::new();
+        let (mut first, mut hits) = (None, 0);
+        for seed in 0..seeds.unwrap_or(bug.budget()) {
+            let schedule = sim::generate(seed, sim::profile_of(seed));
+            match sim::run(&schedule, options).violation.map(|violation| violation.invariant) {
+                Some(found) if found == bug.invariant() => {
+                    first = first.or(Some(seed));
+                    hits += 1;
+                    if seeds.is_none() {
+                        break;
+                    }
+                }
+                Some(other) if !others.contains(&other) => others.push(other),
+                _ => {}
+            }
+        }
+        good &= first.is_some();
+        let seed = first.map_or("UNFOUND".into(), |seed| seed.to_string());
+        let rate =
+            seeds.map_or(String::new(), |seeds| format!(" {:.2} %", f64::from(hits) * 100.0 / seeds as f64));
+        let others: Vec<&str> = others.iter().map(|other| other.name()).collect();
+        let (name, place, invariant) = (bug.name(), bug.place(), bug.invariant().name());
+        println!(
+            "{name:<24} {place:<8} {invariant:<18} {seed:>7} {:>7}  {}{rate}",
+            bug.budget(),
+            others.join(", ")
+        );
+    }
+    good
+}
+
+fn coverage(seeds: u64) -> bool {
+    let options = Options::default();
+    let report =
+        watched(&Plan { seeds: 0..seeds, profile: None, options, threads: cores(), enough: usize::MAX });
+    for what in Sometimes::ALL {
+        println!("{:>10}  {what}", report.stats.sometimes[*what as usize]);
+    }
+    print!("\n{:<28}", "");
+    RowState::ALL.iter().for_each(|state| print!("{:>12}", state.name()));
+    println!();
+    for change in Change::ALL {
+        print!("{:<28}", change.name());
+        for state in RowState::ALL {
+            let count = report.stats.matrix[*state as usize][*change as usize];
+            match (count, sim_oracle::reachable(*state, *change)) {
+                (0, false) => print!("{:>12}", "-"),
+                (0, true) => print!("{:>12}", "NEVER"),
+                (count, _) => print!("{count:>12}"),
+            }
+        }
+        println!();
+    }
+    let missing = report.stats.unvisited();
+    println!("\n{}\nnever visited: {missing:?}", summary(&report));
+    missing.is_empty()
+}
+
+fn determinism(seeds: u64, print: bool) -> bool {
+    let options = Options::default();
+    let mut same = true;
+    for seed in 0..seeds {
+        let schedule = sim::generate(seed, sim::profile_of(seed));
+        let hash = sim::run(&schedule, options).hash;
+        let again = sim::run(&sim::generate(seed, sim::profile_of(seed)), options).hash;
+        if hash != again {
+            same = false;
+            let facts = |_| sim::run(&schedule, Options { keep: true, ..options }).facts;
+            let (one, other) = (facts(1), facts(2));
+            let differing = one.iter().zip(&other).find(|(one, other)| one != other);
+            println!(
+                "seed {seed} has two traces: {hash:016x} and {again:016x}; first difference: {differing:?}"
+            );
+        }
+        if print {
+            println!("{seed} {hash:016x}");
+        }
+    }
+    println!("{seeds} seeds: {}", if same { "the same traces twice" } else { "NOT DETERMINISTIC" });
+    same
+}
+
+#[allow(clippy::disallowed_methods, clippy::disallowed_types, reason = "a measurement of real time")]
+fn bench(seeds: u64) -> bool {
+    let cpu = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let model = cpu.lines().find_map(|line| line.strip_prefix("model name")?.split(": ").nth(1));
+    println!("machine: {} ({} cores), one thread", model.unwrap_or("unknown"), cores());
+    let options = Options::default();
+    let began = std::time::Instant::now();
+    let report =
+        search(&Plan { seeds: 0..seeds, profile: None, options, threads: 1, enough: usize::MAX }, &|_| {});
+    let took = began.elapsed().as_secs_f64();
+    println!(
+        "DES: {:.0} seeds/s, {:.2} M events/s, {:.2} M facts/s judged, {:.0} x real time",
+        seeds as f64 / took,
+        report.steps as f64 / took / 1e6,
+        report.stats.facts as f64 / took / 1e6,
+        report.simulated as f64 / 1e6 / took
+    );
+    println!("{}", summary(&report));
+    report.found.is_empty()
+}
+
+fn execute(command: Command) -> Result<bool, String> {
+    let options = Options::default();
+    match command {
+        Command::Run { seeds, from, profile, jobs, enough } => {
+            let threads = jobs.unwrap_or_else(cores);
+            let report = watched(&Plan { seeds: from..from + seeds, profile, options, threads, enough });
+            for found in report.found.iter().take(enough) {
+                println!("{}", found.line());
+            }
+            println!("{} failures; {}", report.found.len(), summary(&report));
+            Ok(report.found.is_empty())
+        }
+        Command::Replay { what, profile, trace, svg, bug } => {
+            let options = Options { bug: bug_named(bug)?, ..options };
+            tell(&load(&what, profile)?, options, trace, svg.as_deref())
+        }
+        Command::Shrink { what, profile, out, svg, bug } => {
+            let options = Options { bug: bug_named(bug)?, ..options };
+            let schedule = load(&what, profile)?;
+            let Some(violation) = sim::run(&schedule, options).violation else {
+                return Err(format!("{what} breaks nothing"));
+            };
+            let shrunk = shrink(&schedule, violation.invariant, options, 4_000);
+            let small = &shrunk.schedule;
+            tell(small, options, true, svg.as_deref())?;
+            println!(
+                "{} runs: {} faults, {} events, {} workers, of {}, {}, {}",
+                shrunk.runs,
+                small.faults.len(),
+                small.events.len(),
+                small.slots.len(),
+                schedule.faults.len(),
+                schedule.events.len(),
+                schedule.slots.len()
+            );
+            if let Some(path) = out {
+                let text = serde_json::to_string_pretty(small).map_err(|error| error.to_string())?;
+                std::fs::write(&path, text + "\n").map_err(|error| format!("{}: {error}", path.display()))?;
+            }
+            Ok(true)
+        }
+        Command::Bugs { id, seeds } => Ok(bugs(bug_named(id)?, seeds)),
+        Command::Coverage { seeds } => Ok(coverage(seeds)),
+        Command::Determinism { seeds, print } => Ok(determinism(seeds, print)),
+        Command::Bench { seeds } => Ok(bench(seeds)),
+    }
+}
+
+fn main() -> ExitCode {
+    // A machine's panic is a finding, reported with its seed; its own message would only be in the way.
+    std::panic::set_hook(Box::new(|_| {}));
+    match execute(Cli::parse().command) {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(error) => {
+            eprintln!("{error}");
+            ExitCode::from(2)
+        }
+    }
+}

@@ -1,0 +1,415 @@
+//! A worker process: the machine, its clock, and the little driver loop around it. It decides nothing.
+
+use std::collections::VecDeque;
+
+use leasehold::machine::{Action, AttemptResult, Input, LeaseKey, Moment, StoreFault, Worker, WorkerId};
+use sim_oracle::{Down, End, Fact, LocalClock};
+
+use crate::bugs::Bug;
+use crate::store::{Ask, Reply};
+use crate::world::{Happening, World};
+
+/// Something that a process's driver does, at once or when the process goes on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Item {
+    Wake,
+    Reply(u32),
+    TimedOut(u32),
+    Open(u32),
+    Responded(u32),
+    RequestTimedOut(u32),
+    Closed(u32),
+    Shutdown,
+}
+
+/// Where a request is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Stage {
+    Connecting,
+    Open,
+    /// Being aborted.
+    Closing,
+    /// A response is in the worker's socket.
+    Answered,
+    Over,
+}
+
+/// One request to a destination.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Request {
+    pub(crate) worker: u32,
+    pub(crate) key: LeaseKey,
+    pub(crate) number: u32,
+    pub(crate) stage: Stage,
+    pub(crate) opened: bool,
+    pub(crate) end: Option<End>,
+}
+
+/// One start of a worker process.
+pub(crate) struct Process {
+    pub(crate) slot: usize,
+    pub(crate) machine: Worker,
+    pub(crate) clock: LocalClock,
+    pub(crate) stops: u32,
+    pub(crate) dead: bool,
+    pub(crate) draining: bool,
+    /// What waits for the process to go on.
+    pub(crate) inbox: VecDeque<Item>,
+    wake_number: u32,
+    wake_at: u64,
+    inputs: u32,
+    /// Crash after so many more effects.
+    pub(crate) crash_amid: Option<u32>,
+    pub(crate) crash_on_answer: bool,
+    /// Stop between the next fence check and the first byte, for so long.
+    pub(crate) pause_at_send: Option<u64>,
+    /// Requests that are not over.
+    pub(crate) requests: Vec<u32>,
+}
+
+impl World<'_> {
+    /// Starts a process in a slot, unless one runs there or a fault keeps it down.
+    pub(crate) fn start(&mut self, slot: usize) {
+        let state = &mut self.slots[slot];
+        if state.process.is_some() || state.kept_down > 0 {
+            return;
+        }
+        let worker = self.processes.len() as u32;
+        state.process = Some(worker);
+        let plan = &self.schedule.slots[slot];
+        let local = (plan.clock + self.now) as i64;
+        let clock = LocalClock::new(self.now, local, plan.ppm);
+        let settings = self.worker_settings[plan.settings].clone();
+        let machine =
+            Worker::new(WorkerId::new(format!("w{worker}")), settings, Moment::from_micros(local as u64));
+        self.processes.push(Process {
+            slot,
+            machine,
+            clock,
+            stops: 0,
+            dead: false,
+            draining: false,
+            inbox: VecDeque::new(),
+            wake_number: 0,
+            wake_at: u64::MAX,
+            inputs: 0,
+            crash_amid: None,
+            crash_on_answer: false,
+            pause_at_send: None,
+            requests: Vec::new(),
+        });
+        let terms = plan.settings as u16;
+        self.emit(Fact::WorkerUp { worker, slot: slot as u16, terms, local, ppm: plan.ppm });
+        self.drive(worker, Item::Wake);
+    }
+
+    fn local(&self, worker: u32) -> Moment {
+        let local = self.processes[worker as usize].clock.at(self.now);
+        Moment::from_micros(u64::try_from(local).unwrap_or(0))
+    }
+
+    /// The process dies; its sockets are closed.
+    pub(crate) fn crash(&mut self, worker: u32, how: Down) {
+        let process = &mut self.processes[worker as usize];
+        if process.dead {
+            return;
+        }
+        process.dead = true;
+        process.inbox.clear();
+        if std::mem::take(&mut process.draining) {
+            self.drain_count(-1);
+        }
+        let process = &mut self.processes[worker as usize];
+        let slot = process.slot;
+        for request in std::mem::take(&mut process.requests) {
+            self.requests[request as usize].stage = Stage::Over;
+        }
+        self.slots[slot].process = None;
+        self.emit(Fact::WorkerDown { worker, how });
+    }
+
+    /// Does it now, or once the process goes on.
+    pub(crate) fn drive(&mut self, worker: u32, item: Item) {
+        let process = &mut self.processes[worker as usize];
+        if process.dead {
+            return;
+        }
+        if process.stops > 0 {
+            return process.inbox.push_back(item);
+        }
+        self.perform(worker, item);
+    }
+
+    /// The process goes on: what had gathered is done in order.
+    pub(crate) fn resume(&mut self, worker: u32) {
+        let process = &mut self.processes[worker as usize];
+        if process.dead || process.stops == 0 {
+            return;
+        }
+        process.stops -= 1;
+        if process.stops > 0 {
+            return;
+        }
+        self.emit(Fact::WorkerContinued { worker });
+        while let Some(item) = {
+            let process = &mut self.processes[worker as usize];
+            if process.stops > 0 || process.dead { None } else { process.inbox.pop_front() }
+        } {
+            self.perform(worker, item);
+        }
+        self.rearm(worker);
+    }
+
+    /// The process is stopped once more.
+    pub(crate) fn stop(&mut self, worker: u32) {
+        let process = &mut self.processes[worker as usize];
+        if process.dead {
+            return;
+        }
+        process.stops += 1;
+        if process.stops == 1 {
+            self.emit(Fact::WorkerStopped { worker });
+        }
+    }
+
+    fn perform(&mut self, worker: u32, item: Item) {
+        match item {
+            Item::Wake => self.input(worker, Input::Wake),
+            Item::Reply(call) => {
+                let book = &mut self.calls[call as usize];
+                let (Some(arrived), false) = (book.arrived, book.done) else { return };
+                book.done = true;
+                if let Some(reply) = book.reply.take() {
+                    if self.options.bug == Some(Bug::ReplyTwice) && matches!(reply, Reply::NotApplied) {
+                        return;
+                    }
+                    self.answered(worker, call, arrived, reply);
+                }
+            }
+            Item::TimedOut(call) => {
+                let book = &mut self.calls[call as usize];
+                if book.done || book.arrived.is_some() {
+                    return;
+                }
+                book.done = true;
+                let (request, statement) = (book.request, book.statement);
+                let input = match self.options.bug {
+                    Some(Bug::ReplyTwice) => None,
+                    _ => {
+                        self.statement_input(statement, request, StoreFault::Unknown { error: String::new() })
+                    }
+                };
+                self.give_up(call);
+                self.emit(Fact::CallFailed { worker, call });
+                if let Some(input) = input {
+                    self.input(worker, input);
+                }
+            }
+            Item::Open(request) => self.open(request),
+            Item::Responded(request) => {
+                let book = &mut self.requests[request as usize];
+                if book.stage != Stage::Answered {
+                    return;
+                }
+                book.stage = Stage::Over;
+                let (key, end) = (book.key, book.end);
+                self.forget_request(worker, request);
+                let Some(end) = end else { return };
+                self.emit(Fact::OutcomeKnown { worker, event: key.row.0 as u32, token: key.token.0 });
+                let result = self.result_of(end);
+                if self.processes[worker as usize].crash_on_answer {
+                    self.processes[worker as usize].crash_on_answer = false;
+                    return self.crash(worker, Down::Crash);
+                }
+                self.input(worker, Input::Attempted { key, result });
+            }
+            Item::RequestTimedOut(request) => {
+                if matches!(self.requests[request as usize].stage, Stage::Connecting | Stage::Open) {
+                    self.end_request(request, End::Error);
+                    self.perform(worker, Item::Responded(request));
+                }
+            }
+            Item::Closed(request) => {
+                let book = &mut self.requests[request as usize];
+                if book.stage != Stage::Closing {
+                    return;
+                }
+                book.stage = Stage::Over;
+                let (key, opened) = (book.key, book.opened);
+                self.forget_request(worker, request);
+                if opened && self.options.bug != Some(Bug::AbortLost) {
+                    let (event, token) = (key.row.0 as u32, key.token.0);
+                    self.emit(Fact::RequestEnded { worker, event, token, end: End::Closed });
+                }
+                self.input(worker, Input::Aborted { key });
+            }
+            Item::Shutdown => {
+                let process = &mut self.processes[worker as usize];
+                if !std::mem::replace(&mut process.draining, true) {
+                    self.drain_count(1);
+                    self.emit(Fact::DrainBegan { worker });
+                }
+                self.input(worker, Input::Shutdown);
+            }
+        }
+    }
+
+    fn answered(&mut self, worker: u32, call: u32, arrived: u64, reply: Reply) {
+        let (request, statement) = (self.calls[call as usize].request, self.calls[call as usize].statement);
+        let fault = match reply {
+            Reply::NotApplied => Some(StoreFault::NotApplied { error: String::new() }),
+            Reply::Permanent => Some(StoreFault::Permanent { error: String::new() }),
+            _ => None,
+        };
+        if let Some(fault) = fault {
+            // A refusal for good is an answer.
+            if let StoreFault::Permanent { .. } = fault {
+                self.emit(Fact::CallAnswered { worker, call, arrived });
+            } else {
+                self.emit(Fact::CallFailed { worker, call });
+            }
+            if let Some(input) = self.statement_input(statement, request, fault) {
+                self.input(worker, input);
+            }
+            return;
+        }
+        self.emit(Fact::CallAnswered { worker, call, arrived });
+        if let Some(input) = input_of(request, reply) {
+            self.input(worker, input);
+        }
+    }
+
+    /// Gives the machine an input, does what it wants, and arms its next wake-up.
+    pub(crate) fn input(&mut self, worker: u32, input: Input) {
+        let now = self.local(worker);
+        let process = &mut self.processes[worker as usize];
+        if process.dead {
+            return;
+        }
+        process.machine.handle(now, input);
+        process.inputs += 1;
+        if process.inputs % self.options.check_machines_every == 0 {
+            process.machine.assert_invariants();
+        }
+        while process.machine.poll_observation().is_some() {}
+        loop {
+            let process = &mut self.processes[worker as usize];
+            if process.dead {
+                return;
+            }
+            let Some(action) = process.machine.poll_action() else { break };
+            match &mut process.crash_amid {
+                Some(0) => return self.crash(worker, Down::Crash),
+                Some(left) => *left -= 1,
+                None => {}
+            }
+            self.act(worker, now, action);
+        }
+        let process = &mut self.processes[worker as usize];
+        if process.machine.ended().is_some() {
+            return self.crash(worker, Down::Ended);
+        }
+        self.rearm(worker);
+    }
+
+    fn act(&mut self, worker: u32, now: Moment, action: Action) {
+        match action {
+            Action::Claim(request, claim) => self.call(worker, request, Ask::Claim(claim)),
+            Action::Renew(request, renew) => self.call(worker, request, Ask::Renew(renew)),
+            Action::Settle(request, settle) => self.call(worker, request, Ask::Settle(settle)),
+            Action::Owned(request, owned) => self.call(worker, request, Ask::Owned(owned)),
+            Action::Send { key, number, start_before, .. } => {
+                self.send(worker, now, key, number, start_before)
+            }
+            Action::Abort { key } => {
+                let requests = &self.processes[worker as usize].requests;
+                let found =
+                    requests.iter().copied().find(|request| self.requests[*request as usize].key == key);
+                if let Some(request) = found
+                    && matches!(self.requests[request as usize].stage, Stage::Connecting | Stage::Open)
+                {
+                    self.requests[request as usize].stage = Stage::Closing;
+                    let settings = &self.schedule.settings
+                        [self.schedule.slots[self.processes[worker as usize].slot].settings];
+                    let most = self.schedule.pace.close.min(settings.fence_margin / 4);
+                    let delay = self.pace.below(most + 1);
+                    self.after(delay, Happening::Driver(worker, Item::Closed(request)));
+                }
+            }
+            Action::Forget { .. } => {}
+        }
+    }
+
+    /// What the end of a request tells the machine.
+    fn result_of(&self, end: End) -> AttemptResult {
+        use leasehold::machine::{DbTime, RetryAfter};
+        let us = std::time::Duration::from_micros;
+        match end {
+            End::Status(status, asked) => AttemptResult::Responded {
+                status,
+                retry_after: asked.map(|asked| match asked {
+                    sim_oracle::RetryAfter::Delay(delay) => RetryAfter::Delay(us(delay)),
+                    sim_oracle::RetryAfter::Date(date) => RetryAfter::Date(DbTime::from_micros(date)),
+                }),
+            },
+            End::Error if self.options.bug == Some(Bug::AcceptedIsSuccess) => {
+                AttemptResult::Responded { status: 200, retry_after: None }
+            }
+            End::Error | End::Closed => AttemptResult::Errored { error: String::new() },
+            End::Undeliverable => AttemptResult::Undeliverable { error: String::new() },
+        }
+    }
+
+    /// Sees to it that the machine is woken in time.
+    pub(crate) fn rearm(&mut self, worker: u32) {
+        let now = self.now;
+        let process = &mut self.processes[worker as usize];
+        if process.dead || process.stops > 0 {
+            return;
+        }
+        let Some(moment) = process.machine.next_wakeup() else { return };
+        let Some(at) = process.clock.when(moment.as_micros() as i64) else { return };
+        let at = at.max(now);
+        if at < process.wake_at || process.wake_at < now {
+            process.wake_number += 1;
+            process.wake_at = at;
+            let number = process.wake_number;
+            self.at(at, Happening::Wake(worker, number));
+        }
+    }
+
+    /// The worker's clock was touched: whatever timer is armed is wrong.
+    pub(crate) fn clock_touched(&mut self, worker: u32) {
+        self.processes[worker as usize].wake_at = u64::MAX;
+        self.processes[worker as usize].wake_number += 1;
+        self.rearm(worker);
+    }
+
+    /// A timer fired: early, if a later wake-up was asked for since.
+    pub(crate) fn wake(&mut self, worker: u32, number: u32) {
+        let local = self.local(worker);
+        let process = &mut self.processes[worker as usize];
+        if process.dead || process.wake_number != number {
+            return;
+        }
+        process.wake_at = u64::MAX;
+        if process.stops > 0 {
+            return process.inbox.push_back(Item::Wake);
+        }
+        if process.machine.next_wakeup().is_some_and(|due| due > local) {
+            return self.rearm(worker);
+        }
+        self.input(worker, Input::Wake);
+    }
+}
+
+/// The input that a good reply is.
+pub(crate) fn input_of(request: leasehold::machine::RequestId, reply: Reply) -> Option<Input> {
+    match reply {
+        Reply::Claim(reply) => Some(Input::Claimed { request, reply: Ok(reply) }),
+        Reply::Renew(reply) => Some(Input::Renewed { request, reply: Ok(reply) }),
+        Reply::Settle(reply) => Some(Input::Settled { request, reply: Ok(reply) }),
+        Reply::Owned(reply) => Some(Input::Owned { request, reply: Ok(reply) }),
+        Reply::NotApplied | Reply::Permanent => None,
+    }
+}

@@ -1,0 +1,136 @@
+//! Requests to destinations.
+
+use leasehold::machine::{LeaseKey, Moment};
+use sim_oracle::{End, Fact, RetryAfter};
+
+use crate::bugs::Bug;
+use crate::process::{Item, Request, Stage};
+use crate::schedule::{Asked, Manner};
+use crate::world::{Happening, World};
+
+impl World<'_> {
+    /// The machine wants a request started: it is, unless its fence has come.
+    pub(crate) fn send(
+        &mut self,
+        worker: u32,
+        now: Moment,
+        key: LeaseKey,
+        number: u32,
+        start_before: Moment,
+    ) {
+        let unchecked = matches!(self.options.bug, Some(Bug::StartUnchecked | Bug::DeadlineFromReply));
+        if now >= start_before && !unchecked {
+            // Told to the machine at the next turn of the loop.
+            let request = self.request(worker, key, number);
+            self.requests[request as usize].stage = Stage::Closing;
+            return self.after(0, Happening::Driver(worker, Item::Closed(request)));
+        }
+        let request = self.request(worker, key, number);
+        let slot = self.processes[worker as usize].slot;
+        let timeout = self.schedule.settings[self.schedule.slots[slot].settings].request_timeout;
+        self.after(timeout, Happening::Driver(worker, Item::RequestTimedOut(request)));
+        let connect = self.pace.below(self.schedule.pace.connect + 1);
+        self.after(connect, Happening::Driver(worker, Item::Open(request)));
+        if let Some(pause) = self.processes[worker as usize].pause_at_send.take() {
+            self.stop(worker);
+            self.after(pause, Happening::Continue(worker));
+        }
+    }
+
+    fn request(&mut self, worker: u32, key: LeaseKey, number: u32) -> u32 {
+        let request = self.requests.len() as u32;
+        let stage = Stage::Connecting;
+        self.requests.push(Request { worker, key, number, stage, opened: false, end: None });
+        self.processes[worker as usize].requests.push(request);
+        request
+    }
+
+    pub(crate) fn forget_request(&mut self, worker: u32, request: u32) {
+        let requests = &mut self.processes[worker as usize].requests;
+        if let Some(at) = requests.iter().position(|other| *other == request) {
+            requests.swap_remove(at);
+        }
+    }
+
+    /// The first byte leaves.
+    pub(crate) fn open(&mut self, request: u32) {
+        let Request { worker, key, number, stage, .. } = self.requests[request as usize];
+        if stage != Stage::Connecting {
+            return;
+        }
+        let event = key.row.0 as u32;
+        let plan = self.schedule.events[event as usize];
+        let destination = &self.schedule.destinations[usize::from(plan.destination)];
+        let manner = self.manners[usize::from(plan.destination)].unwrap_or_else(|| {
+            let total: u32 = destination.manners.iter().map(|(weight, _)| weight).sum();
+            let mut draw = self.pace.below(u64::from(total.max(1))) as u32;
+            let drawn = destination.manners.iter().find(|(weight, _)| {
+                let hit = draw < *weight;
+                draw = draw.saturating_sub(*weight);
+                hit
+            });
+            drawn.map_or(Manner::Ok(1_000, 5_000), |(_, manner)| *manner)
+        });
+        let slot = self.processes[worker as usize].slot;
+        let timeout = self.schedule.settings[self.schedule.slots[slot].settings].request_timeout;
+        let book = &mut self.requests[request as usize];
+        book.stage = Stage::Open;
+        if manner == Manner::Undeliverable {
+            // Never on the wire.
+            book.end = Some(End::Undeliverable);
+            self.emit(Fact::RequestEnded { worker, event, token: key.token.0, end: End::Undeliverable });
+            self.requests[request as usize].stage = Stage::Answered;
+            return self.drive(worker, Item::Responded(request));
+        }
+        book.opened = true;
+        self.emit(Fact::RequestOpened { worker, event, token: key.token.0, number });
+        if self.kills[event as usize] > 0 {
+            self.kills[event as usize] -= 1;
+            let delay = self.pace.below(20_000);
+            // No answer: an outcome that is settled first would take the event off probation.
+            return self.after(delay, Happening::Kill(worker, event));
+        }
+        let soon = self.pace.within(500, 20_000);
+        let (delay, end) = match manner {
+            Manner::Ok(least, most) => (self.pace.within(least, most), End::Status(200, None)),
+            Manner::Status(status) => (soon, End::Status(status, None)),
+            Manner::RetryAfter(status, asked) => {
+                let db_now = self.store.clock.at(self.now);
+                let asked = match asked {
+                    Asked::Delay(delay) => Some(RetryAfter::Delay(delay)),
+                    Asked::Date(ahead) => Some(RetryAfter::Date(db_now + ahead)),
+                    Asked::Garbage => None,
+                };
+                (soon, End::Status(status, asked))
+            }
+            Manner::Hang | Manner::Undeliverable => return,
+            Manner::ResetBefore | Manner::ResetAfter => (soon, End::Error),
+            Manner::TooLate => (timeout + soon, End::Status(200, None)),
+        };
+        self.requests[request as usize].end = Some(end);
+        self.after(delay, Happening::ResponseArrives(request));
+    }
+
+    /// A response is in the worker's socket, whether the process runs or not.
+    pub(crate) fn response_arrives(&mut self, request: u32) {
+        let Request { worker, stage, end: Some(end), .. } = self.requests[request as usize] else { return };
+        if !matches!(stage, Stage::Open | Stage::Closing) || self.processes[worker as usize].dead {
+            return;
+        }
+        self.end_request(request, end);
+        if self.options.bug == Some(Bug::SendTwice) && end == End::Error {
+            let Request { key, number, .. } = self.requests[request as usize];
+            self.emit(Fact::RequestOpened { worker, event: key.row.0 as u32, token: key.token.0, number });
+        }
+        self.drive(worker, Item::Responded(request));
+    }
+
+    /// A request is open no longer; the worker is yet to learn it.
+    pub(crate) fn end_request(&mut self, request: u32, end: End) {
+        let book = &mut self.requests[request as usize];
+        book.stage = Stage::Answered;
+        book.end = Some(end);
+        let Request { worker, key, .. } = *book;
+        self.emit(Fact::RequestEnded { worker, event: key.row.0 as u32, token: key.token.0, end });
+    }
+}

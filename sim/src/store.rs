@@ -1,0 +1,718 @@
+//! The simulated outbox: rows under the row machine, and what SQL adds to it: statements with a stable early clock and
+//! a late one, row locks, SKIP LOCKED, commits apart from replies, and a server that restarts and forgets.
+
+use leasehold::machine::{
+    Answer, ClaimAnswer, ClaimFailure, ClaimReply, ClaimRequest, DbClock, DbTime, DestinationKey, Grant,
+    Incarnation, LeaseKey, OwnedReply, OwnedRequest, RenewReply, RenewRequest, Row, RowId, Settle,
+    SettleReply, SettleRequest, Status, WorkerId,
+};
+use sim_oracle::{DbClockModel, Fact};
+use std::time::Duration;
+
+use crate::bugs::Bug;
+use crate::schedule::EventPlan;
+
+/// Who has a row locked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Lock {
+    /// Nobody.
+    Free,
+    /// A session that is none of ours.
+    Outside,
+    /// A statement.
+    Statement(u32),
+}
+
+/// What the row machine does not know about a row.
+#[derive(Clone, Copy, Debug)]
+struct Meta {
+    destination: u16,
+    lock: Lock,
+    cursed: bool,
+    exists: bool,
+}
+
+/// What a statement asks for.
+#[derive(Clone, Debug)]
+pub(crate) enum Ask {
+    /// See [`ClaimRequest`].
+    Claim(ClaimRequest),
+    /// See [`RenewRequest`].
+    Renew(RenewRequest),
+    /// See [`SettleRequest`].
+    Settle(SettleRequest),
+    /// See [`OwnedRequest`].
+    Owned(OwnedRequest),
+}
+
+/// What a statement answers.
+#[derive(Clone, Debug)]
+pub(crate) enum Reply {
+    /// To a claim.
+    Claim(ClaimReply),
+    /// To a renewal.
+    Renew(RenewReply),
+    /// To a settle.
+    Settle(SettleReply),
+    /// To a look.
+    Owned(OwnedReply),
+    /// Nothing was done.
+    NotApplied,
+    /// Nothing was done, nor ever will.
+    Permanent,
+}
+
+/// One statement under way.
+#[derive(Clone, Debug)]
+pub(crate) struct Statement {
+    /// The call that it belongs to.
+    pub(crate) call: u32,
+    /// Whose call.
+    pub(crate) worker: u32,
+    /// What it asks.
+    pub(crate) ask: Ask,
+    /// When it began, in true time.
+    pub(crate) began: u64,
+    /// When it had its locks.
+    pub(crate) locked: u64,
+    /// Of which run of the server it is part.
+    pub(crate) epoch: u32,
+    /// Rows that it has locked.
+    rows: Vec<u32>,
+    searched: bool,
+}
+
+impl Statement {
+    /// A statement that has not begun.
+    pub(crate) fn new(call: u32, worker: u32, ask: Ask) -> Self {
+        Self { call, worker, ask, began: 0, locked: 0, epoch: 0, rows: Vec::new(), searched: false }
+    }
+}
+
+/// See the module's documentation.
+#[derive(Debug)]
+pub(crate) struct Store {
+    rows: Vec<Row>,
+    meta: Vec<Meta>,
+    /// Rows that are pending, in order.
+    pending: Vec<u32>,
+    keys: Vec<DestinationKey>,
+    /// The server's clock.
+    pub(crate) clock: DbClockModel,
+    /// Whether it runs.
+    pub(crate) up: bool,
+    /// Whether it refuses writes.
+    pub(crate) read_only: bool,
+    /// Counts the server's runs.
+    pub(crate) epoch: u32,
+    incarnation: Incarnation,
+    booted: u64,
+    /// Rows before each commit, if a failover may want them: (when, row, what it was).
+    history: Option<Vec<(u64, u32, Option<Row>)>>,
+    waiting: Vec<(u32, u32)>,
+    candidates: Vec<(bool, DbTime, u32)>,
+    rooms: Vec<u32>,
+    bug: Option<Bug>,
+}
+
+impl Store {
+    /// An empty outbox whose server has been up for long.
+    pub(crate) fn new(epoch: i64, destinations: usize, forgets: bool, bug: Option<Bug>) -> Self {
+        Self {
+            rows: Vec::new(),
+            meta: Vec::new(),
+            pending: Vec::new(),
+            keys: (0..destinations).map(|at| DestinationKey::new(format!("https://d{at}"))).collect(),
+            clock: DbClockModel::new(epoch),
+            up: true,
+            read_only: false,
+            epoch: 0,
+            incarnation: Incarnation::new("server 0"),
+            booted: 0,
+            history: forgets.then(Vec::new),
+            waiting: Vec::new(),
+            candidates: Vec::new(),
+            rooms: Vec::new(),
+            bug,
+        }
+    }
+
+    fn db(&self, time: u64) -> DbTime {
+        DbTime::from_micros(self.clock.at(time))
+    }
+
+    fn has(&self, bug: Bug) -> bool {
+        self.bug == Some(bug)
+    }
+
+    /// A producer's commit.
+    pub(crate) fn insert(&mut self, now: u64, plan: &EventPlan) -> i64 {
+        let due = self.db(now).after(Duration::from_micros(plan.delay));
+        let row = self.rows.len() as u32;
+        self.rows.push(Row { attempts: plan.attempts, ..Row::new(plan.max_attempts, due) });
+        let EventPlan { destination, cursed, .. } = *plan;
+        self.meta.push(Meta { destination, lock: Lock::Free, cursed, exists: true });
+        self.pending.push(row);
+        if let Some(history) = &mut self.history {
+            history.push((now, row, None));
+        }
+        due.as_micros()
+    }
+
+    /// Takes locks. Answers `false` if the statement waits for one.
+    pub(crate) fn begin_work(&mut self, id: u32, statement: &mut Statement, now: u64) -> bool {
+        statement.locked = now;
+        match &statement.ask {
+            Ask::Claim(request) => {
+                let request = request.clone();
+                self.select(id, statement, &request);
+            }
+            Ask::Renew(request) => {
+                if request.wait
+                    && let Some(row) = request.keys.first().map(|key| row_of(*key))
+                {
+                    if self.meta[row as usize].lock != Lock::Free {
+                        self.waiting.push((row, id));
+                        return false;
+                    }
+                }
+                self.lock(id, request.keys.iter().map(|key| row_of(*key)), &mut statement.rows);
+            }
+            Ask::Settle(request) => {
+                self.lock(id, request.entries.iter().map(|(key, _)| row_of(*key)), &mut statement.rows);
+            }
+            Ask::Owned(_) => {}
+        }
+        true
+    }
+
+    fn lock(&mut self, id: u32, rows: impl Iterator<Item = u32>, locked: &mut Vec<u32>) {
+        for row in rows {
+            let meta = &mut self.meta[row as usize];
+            if meta.lock == Lock::Free {
+                meta.lock = Lock::Statement(id);
+                locked.push(row);
+            }
+        }
+    }
+
+    fn select(&mut self, id: u32, statement: &mut Statement, request: &ClaimRequest) {
+        let early = self.db(statement.began);
+        let seen = if self.has(Bug::ClaimLateClock) { self.db(statement.locked + 50_000) } else { early };
+        let up_for = statement.began.saturating_sub(self.booted);
+        let long_up = self.booted == 0 || Duration::from_micros(up_for) >= request.terms.lease;
+        let known = request.incarnation.as_ref() == Some(&self.incarnation);
+        statement.searched = request.terms.expired && long_up && known;
+        let mut terms = request.terms;
+        terms.expired = statement.searched && !self.has(Bug::NeverReclaim);
+        if self.has(Bug::GraceIgnored) {
+            terms.grace = Duration::ZERO;
+        }
+        let bug = self.bug;
+        let mut candidates = std::mem::take(&mut self.candidates);
+        candidates.clear();
+        let mut consider = |row: u32| {
+            let (state, meta) = (&self.rows[row as usize], self.meta[row as usize]);
+            if meta.lock != Lock::Free || !meta.exists {
+                return;
+            }
+            let eligible = match bug {
+                Some(Bug::ClaimIgnoresDue) => state.eligible(seen.max(state.next_attempt_at), &terms),
+                Some(Bug::ReclaimEarly) if state.lease.is_some() => {
+                    state.eligible(seen.after(terms.grace + terms.lease / 10), &terms)
+                }
+                Some(Bug::ClaimTerminal) => {
+                    let again =
+                        state.status == Status::Delivered && seen.since(state.next_attempt_at).as_secs() > 3;
+                    again || state.eligible(seen, &terms)
+                }
+                _ => state.eligible(seen, &terms),
+            };
+            if eligible {
+                candidates.push((state.lease.is_none(), state.next_attempt_at, row));
+            }
+        };
+        if bug == Some(Bug::ClaimTerminal) {
+            (0..self.rows.len() as u32).for_each(&mut consider);
+        } else {
+            self.pending.iter().copied().for_each(&mut consider);
+        }
+        candidates.sort_unstable();
+        self.rooms.clear();
+        for key in &self.keys {
+            let room = request.shares.binary_search_by(|(name, _)| name.cmp(key));
+            self.rooms.push(room.map_or(request.share, |at| request.shares[at].1));
+        }
+        let mut probation = request.probation;
+        for &(_, _, row) in &candidates {
+            if statement.rows.len() >= request.limit as usize {
+                break;
+            }
+            let meta = &mut self.meta[row as usize];
+            let room = &mut self.rooms[usize::from(meta.destination)];
+            let on_probation = self.rows[row as usize].on_probation();
+            if (*room == 0 && bug != Some(Bug::ClaimIgnoresShare)) || (on_probation && probation == 0) {
+                continue;
+            }
+            *room = room.saturating_sub(1);
+            probation -= u32::from(on_probation);
+            if bug != Some(Bug::DoubleClaim) {
+                meta.lock = Lock::Statement(id);
+            }
+            statement.rows.push(row);
+        }
+        self.candidates = candidates;
+    }
+
+    /// Whether the statement would be refused for good: it settles a cursed row.
+    pub(crate) fn impossible(&self, statement: &Statement) -> Option<Vec<LeaseKey>> {
+        let Ask::Settle(request) = &statement.ask else { return None };
+        let cursed = request.entries.iter().filter(|(key, settle)| {
+            self.meta[row_of(*key) as usize].cursed && !matches!(settle, Settle::Release { .. })
+        });
+        let cursed: Vec<LeaseKey> = cursed.map(|(key, _)| *key).collect();
+        (!cursed.is_empty()).then_some(cursed)
+    }
+
+    /// A statement's client has gone while it waits for a lock.
+    pub(crate) fn stop_waiting(&mut self, id: u32) {
+        self.waiting.retain(|(_, other)| *other != id);
+    }
+
+    /// After a commit: lets go of the statement's rows.
+    pub(crate) fn finish(&mut self, id: u32, statement: &Statement) -> Option<u32> {
+        self.unlock(id, &statement.rows)
+    }
+
+    /// Lets go of a statement's rows. Answers the statement that may go on now, if one had waited for them.
+    fn unlock(&mut self, id: u32, rows: &[u32]) -> Option<u32> {
+        let mut next = None;
+        for row in rows {
+            if self.meta[*row as usize].lock == Lock::Statement(id) {
+                next = next.or(self.free(*row));
+            }
+        }
+        next
+    }
+
+    fn free(&mut self, row: u32) -> Option<u32> {
+        self.meta[row as usize].lock = Lock::Free;
+        let at = self.waiting.iter().position(|(waiting, _)| *waiting == row)?;
+        Some(self.waiting.remove(at).1)
+    }
+
+    /// An outside session locks a row, if nobody has it.
+    pub(crate) fn lock_outside(&mut self, row: u32) -> bool {
+        let Some(meta) = self.meta.get_mut(row as usize) else { return false };
+        let free = meta.lock == Lock::Free;
+        if free {
+            meta.lock = Lock::Outside;
+        }
+        free
+    }
+
+    /// And lets go of it. Answers whether it still had it, and who may go on now.
+    pub(crate) fn unlock_outside(&mut self, row: u32) -> (bool, Option<u32>) {
+        match self.meta.get(row as usize) {
+            Some(Meta { lock: Lock::Outside, .. }) => (true, self.free(row)),
+            _ => (false, None),
+        }
+    }
+
+    /// Rolls a statement back: its rows are as they were.
+    pub(crate) fn roll_back(&mut self, id: u32, statement: &Statement, facts: &mut Vec<Fact>) -> Option<u32> {
+        let dropped =
+            statement.rows.iter().map(|row| Fact::LockDropped { event: *row, since: statement.locked });
+        facts.extend(dropped);
+        self.unlock(id, &statement.rows)
+    }
+
+    fn remember(&mut self, now: u64, row: u32) {
+        if let Some(history) = &mut self.history {
+            history.push((now, row, Some(self.rows[row as usize].clone())));
+        }
+    }
+
+    fn drop_terminal(&mut self, row: u32) {
+        if self.rows[row as usize].status != Status::Pending
+            && let Ok(at) = self.pending.binary_search(&row)
+        {
+            self.pending.remove(at);
+        }
+    }
+
+    /// The commit: applies the statement to the rows that it has locked.
+    pub(crate) fn commit(&mut self, statement: &Statement, now: u64, facts: &mut Vec<Fact>) -> Reply {
+        let clock = DbClock { early: self.db(statement.began), late: self.db(statement.locked) };
+        match &statement.ask {
+            Ask::Claim(request) => Reply::Claim(self.claim(statement, request, clock, now, facts)),
+            Ask::Renew(request) => Reply::Renew(self.renew(statement, request, clock, now, facts)),
+            Ask::Settle(request) => Reply::Settle(self.settle(statement, request, clock, now, facts)),
+            Ask::Owned(request) => {
+                let owned = self.pending.iter().filter(|row| {
+                    self.rows[**row as usize].lease.as_ref().is_some_and(|lease| lease.owner == request.owner)
+                });
+                let keys = owned.map(|row| key_of(*row, &self.rows[*row as usize])).collect();
+                Reply::Owned(OwnedReply { db_now: clock.late, keys })
+            }
+        }
+    }
+
+    fn claim(
+        &mut self,
+        statement: &Statement,
+        request: &ClaimRequest,
+        clock: DbClock,
+        now: u64,
+        facts: &mut Vec<Fact>,
+    ) -> ClaimReply {
+        let mut terms = request.terms;
+        terms.expired = statement.searched;
+        let Statement { worker, call, began, locked, .. } = *statement;
+        let mut grants = Vec::with_capacity(statement.rows.len());
+        let mut failed = Vec::new();
+        for &event in &statement.rows {
+            self.remember(now, event);
+            let answer = self.claim_row(event, clock, &request.owner, &terms);
+            let row = &self.rows[event as usize];
+            match answer {
+                ClaimAnswer::NotEligible => {}
+                ClaimAnswer::Granted { token, reclaimed } => {
+                    let until = row.lease.as_ref().map_or(0, |lease| lease.until.as_micros());
+                    facts.push(Fact::Claimed {
+                        worker,
+                        call,
+                        event,
+                        token: token.0,
+                        until,
+                        reclaimed,
+                        began,
+                        locked,
+                    });
+                    grants.push(Grant {
+                        key: key_of(event, row),
+                        destination: self.keys[usize::from(self.meta[event as usize].destination)].clone(),
+                        attempts: row.attempts,
+                        max_attempts: row.max_attempts,
+                        reclaims: row.reclaims,
+                        reclaimed,
+                        unsendable: None,
+                    });
+                }
+                ClaimAnswer::Failed(why) => {
+                    let spent = match why {
+                        ClaimFailure::AttemptsSpent => sim_oracle::Spent::Attempts,
+                        ClaimFailure::ReclaimsSpent => sim_oracle::Spent::Reclaims,
+                    };
+                    facts.push(Fact::ClaimFailed { worker, call, event, why: spent, began, locked });
+                    failed.push((RowId(i64::from(event)), why));
+                    self.drop_terminal(event);
+                }
+            }
+        }
+        let late = clock.late;
+        let unleased =
+            self.pending.iter().map(|row| &self.rows[*row as usize]).filter(|row| row.lease.is_none());
+        let due = unleased.map(|row| row.next_attempt_at).filter(|due| *due > clock.early).min();
+        ClaimReply {
+            db_now: late,
+            incarnation: self.incarnation.clone(),
+            searched_expired: statement.searched,
+            next_due_in: due.map(|due| due.since(late)),
+            any_pending: request.count_pending.then_some(!self.pending.is_empty()),
+            grants,
+            failed,
+        }
+    }
+
+    fn claim_row(
+        &mut self,
+        event: u32,
+        clock: DbClock,
+        owner: &WorkerId,
+        terms: &leasehold::machine::ClaimTerms,
+    ) -> ClaimAnswer {
+        let bug = self.bug;
+        let row = &mut self.rows[event as usize];
+        let (token, attempts, due) = (row.token, row.attempts, row.next_attempt_at);
+        let mut clock = clock;
+        match bug {
+            Some(Bug::LeaseFromEarlyClock) => clock.late = clock.early,
+            Some(Bug::ClaimIgnoresSpent) => row.attempts = 0,
+            Some(Bug::ClaimTerminal) => row.status = Status::Pending,
+            Some(
+                Bug::GraceIgnored
+                | Bug::ReclaimEarly
+                | Bug::ClaimLateClock
+                | Bug::DoubleClaim
+                | Bug::ClaimIgnoresDue,
+            ) => {
+                let until = row.lease.as_ref().map_or(clock.early, |lease| lease.until.after(terms.grace));
+                clock.early = clock.early.max(until).max(due);
+            }
+            _ => {}
+        }
+        let answer = row.claim(clock, owner, terms);
+        match bug {
+            Some(Bug::ClaimIgnoresSpent) => row.attempts = attempts,
+            Some(Bug::TokenKept) if token.0 > 0 => row.token = token,
+            Some(Bug::LeaseHalved) => {
+                if let Some(lease) = &mut row.lease {
+                    lease.until = clock.late.after(terms.lease / 2);
+                }
+            }
+            _ => {}
+        }
+        match answer {
+            ClaimAnswer::Granted { reclaimed, .. } => ClaimAnswer::Granted { token: row.token, reclaimed },
+            other => other,
+        }
+    }
+
+    fn renew(
+        &mut self,
+        statement: &Statement,
+        request: &RenewRequest,
+        clock: DbClock,
+        now: u64,
+        facts: &mut Vec<Fact>,
+    ) -> RenewReply {
+        let Statement { worker, call, locked, .. } = *statement;
+        let mut answers = Vec::with_capacity(request.keys.len());
+        for key in &request.keys {
+            let event = row_of(*key);
+            let answer = if !self.meta[event as usize].exists {
+                Answer::Refused
+            } else if statement.rows.contains(&event) {
+                self.remember(now, event);
+                self.renew_row(event, clock, request, *key)
+            } else {
+                Answer::Skipped
+            };
+            let until = self.rows[event as usize].lease.as_ref().map_or(0, |lease| lease.until.as_micros());
+            facts.push(Fact::Renewed {
+                worker,
+                call,
+                event,
+                token: key.token.0,
+                answer: plain(answer),
+                until,
+                locked,
+            });
+            answers.push((*key, answer));
+        }
+        RenewReply { db_now: clock.late, answers }
+    }
+
+    fn renew_row(&mut self, event: u32, clock: DbClock, request: &RenewRequest, key: LeaseKey) -> Answer {
+        let row = &mut self.rows[event as usize];
+        match self.bug {
+            Some(Bug::RenewHalved) => row.renew(clock, &request.owner, key.token, request.lease / 2),
+            Some(Bug::RenewFromEarlyClock) => {
+                row.renew(DbClock { late: clock.early, ..clock }, &request.owner, key.token, request.lease)
+            }
+            Some(Bug::RenewIgnoresToken) => row.renew(clock, &request.owner, row.token, request.lease),
+            Some(Bug::RenewIgnoresOwner) => {
+                let owner = row.lease.as_ref().map(|lease| lease.owner.clone());
+                let token = if owner.is_some() { row.token } else { key.token };
+                row.renew(clock, owner.as_ref().unwrap_or(&request.owner), token, request.lease)
+            }
+            _ => row.renew(clock, &request.owner, key.token, request.lease),
+        }
+    }
+
+    fn settle(
+        &mut self,
+        statement: &Statement,
+        request: &SettleRequest,
+        clock: DbClock,
+        now: u64,
+        facts: &mut Vec<Fact>,
+    ) -> SettleReply {
+        let Statement { worker, call, locked, .. } = *statement;
+        let mut answers = Vec::with_capacity(request.entries.len());
+        for (key, settle) in &request.entries {
+            let event = row_of(*key);
+            let answer = if !self.meta[event as usize].exists {
+                Answer::Refused
+            } else if statement.rows.contains(&event) {
+                self.remember(now, event);
+                self.settle_row(event, clock, &request.owner, *key, settle)
+            } else {
+                Answer::Skipped
+            };
+            let row = &self.rows[event as usize];
+            facts.push(Fact::Settled {
+                worker,
+                call,
+                event,
+                token: key.token.0,
+                settle: plain_settle(settle),
+                answer: plain(answer),
+                attempts: row.attempts,
+                due: row.next_attempt_at.as_micros(),
+                locked,
+            });
+            self.drop_terminal(event);
+            if self.has(Bug::LostRow) && row_failed(&self.rows[event as usize], answer) {
+                self.meta[event as usize].exists = false;
+            }
+            answers.push((*key, answer));
+        }
+        SettleReply { db_now: clock.late, answers }
+    }
+
+    fn settle_row(
+        &mut self,
+        event: u32,
+        clock: DbClock,
+        owner: &WorkerId,
+        key: LeaseKey,
+        settle: &Settle,
+    ) -> Answer {
+        let row = &mut self.rows[event as usize];
+        let attempts = row.attempts;
+        let holder = row.lease.as_ref().map(|lease| lease.owner.clone());
+        match self.bug {
+            Some(Bug::SettleUnguarded) => {
+                let holder = holder.unwrap_or_else(|| owner.clone());
+                row.settle(clock, &holder, row.token, settle)
+            }
+            Some(Bug::SettleIgnoresToken) => row.settle(clock, owner, row.token, settle),
+            Some(Bug::SettleRefusesExpired)
+                if row.lease.as_ref().is_some_and(|lease| lease.until < clock.late) =>
+            {
+                Answer::Refused
+            }
+            Some(Bug::SettleTerminalAgain) => match row.settle(clock, owner, key.token, settle) {
+                Answer::Ended if row.status != Status::Pending => Answer::Applied,
+                answer => answer,
+            },
+            Some(Bug::AttemptsKept) => {
+                let answer = row.settle(clock, owner, key.token, settle);
+                row.attempts = attempts;
+                answer
+            }
+            Some(Bug::ReleaseSpends) => {
+                let answer = row.settle(clock, owner, key.token, settle);
+                if answer == Answer::Applied && matches!(settle, Settle::Release { .. }) {
+                    row.attempts += 1;
+                }
+                answer
+            }
+            Some(Bug::RetryDueNow) => {
+                let answer = row.settle(clock, owner, key.token, settle);
+                if answer == Answer::Applied && matches!(settle, Settle::Retry { .. }) {
+                    row.next_attempt_at = clock.late;
+                }
+                answer
+            }
+            _ => row.settle(clock, owner, key.token, settle),
+        }
+    }
+
+    /// The server goes down. Its locks and the statements that waited for them are gone.
+    pub(crate) fn go_down(&mut self, facts: &mut Vec<Fact>) {
+        self.up = false;
+        self.epoch += 1;
+        self.waiting.clear();
+        for (row, meta) in self.meta.iter_mut().enumerate() {
+            if meta.lock == Lock::Outside {
+                facts.push(Fact::RowUnlocked { event: row as u32 });
+            }
+            meta.lock = Lock::Free;
+        }
+        facts.push(Fact::DbDown);
+    }
+
+    /// The server is up again, another incarnation. It has forgotten what committed after `forgotten`.
+    pub(crate) fn come_up(&mut self, now: u64, forgotten: Option<u64>, facts: &mut Vec<Fact>) {
+        self.up = true;
+        self.booted = now;
+        self.incarnation = Incarnation::new(format!("server {}", self.epoch));
+        let mut touched: Vec<(u32, bool)> = Vec::new();
+        let mut lost = 0;
+        if let (Some(history), Some(forgotten)) = (&mut self.history, forgotten) {
+            while let Some((_, row, before)) = history.pop_if(|(at, _, _)| *at > forgotten) {
+                lost += 1;
+                touched.retain(|(other, _)| *other != row);
+                touched.push((row, before.is_some()));
+                match before {
+                    Some(before) => self.rows[row as usize] = before,
+                    None => self.meta[row as usize].exists = false,
+                }
+            }
+        }
+        facts.push(Fact::DbUp { lost });
+        for (event, exists) in touched {
+            let row = &self.rows[event as usize];
+            if !exists {
+                facts.push(Fact::EventVanished { event });
+                continue;
+            }
+            facts.push(Fact::RowRestored {
+                event,
+                status: match row.status {
+                    Status::Pending => sim_oracle::Status::Pending,
+                    Status::Delivered => sim_oracle::Status::Delivered,
+                    Status::Failed => sim_oracle::Status::Failed,
+                },
+                attempts: row.attempts,
+                due: row.next_attempt_at.as_micros(),
+                token: row.token.0,
+                reclaims: row.reclaims,
+                owner: row.lease.as_ref().and_then(|lease| lease.owner.as_str().get(1..)?.parse().ok()),
+                until: row.lease.as_ref().map_or(0, |lease| lease.until.as_micros()),
+            });
+        }
+        self.pending = (0..self.rows.len() as u32)
+            .filter(|row| {
+                self.meta[*row as usize].exists && self.rows[*row as usize].status == Status::Pending
+            })
+            .collect();
+    }
+
+    /// The store's own count.
+    pub(crate) fn census(&self) -> Fact {
+        let (mut pending, mut delivered, mut failed) = (0, 0, 0);
+        for (row, _) in self.rows.iter().zip(&self.meta).filter(|(_, meta)| meta.exists) {
+            match row.status {
+                Status::Pending => pending += 1,
+                Status::Delivered => delivered += 1,
+                Status::Failed => failed += 1,
+            }
+        }
+        Fact::Census { pending, delivered, failed }
+    }
+}
+
+fn row_failed(row: &Row, answer: Answer) -> bool {
+    row.status == Status::Failed && answer == Answer::Applied
+}
+
+fn row_of(key: LeaseKey) -> u32 {
+    key.row.0 as u32
+}
+
+fn key_of(event: u32, row: &Row) -> LeaseKey {
+    LeaseKey { row: RowId(i64::from(event)), token: row.token }
+}
+
+fn plain(answer: Answer) -> sim_oracle::Answer {
+    match answer {
+        Answer::Applied => sim_oracle::Answer::Applied,
+        Answer::Ended => sim_oracle::Answer::Ended,
+        Answer::Refused => sim_oracle::Answer::Refused,
+        Answer::Skipped => sim_oracle::Answer::Skipped,
+    }
+}
+
+fn plain_settle(settle: &Settle) -> sim_oracle::Settle {
+    let us = |duration: &Duration| duration.as_micros() as u64;
+    match settle {
+        Settle::Delivered { .. } => sim_oracle::Settle::Delivered,
+        Settle::Retry { delay, .. } => sim_oracle::Settle::Retry(us(delay)),
+        Settle::Failed { tried, .. } => sim_oracle::Settle::Failed { tried: *tried },
+        Settle::Release { delay } => sim_oracle::Settle::Release(delay.as_ref().map(us)),
+    }
+}

@@ -1,0 +1,321 @@
+//! The world of the event-heap tier: workers, store, destinations and faults, in simulated microseconds.
+
+use std::cmp::Reverse;
+use std::collections::BinaryHeap;
+
+use leasehold::machine::WorkerSettings;
+use sim_oracle::{Checks, Fact, Oracle, Setup, Stats, Violation};
+
+use crate::bugs::Bug;
+use crate::process::{Item, Process, Request};
+use crate::rng::Rng;
+use crate::schedule::{Fault, Manner, Schedule};
+use crate::store::{Reply, Statement, Store};
+use crate::trace::Trace;
+
+/// What the database's clock shows when a run begins.
+pub const EPOCH: i64 = 1_700_000_000_000_000;
+
+/// How a run is made.
+#[derive(Clone, Copy, Debug)]
+pub struct Options {
+    /// Which invariants are checked.
+    pub checks: Checks,
+    /// Keep the facts.
+    pub keep: bool,
+    /// Plant this bug.
+    pub bug: Option<Bug>,
+    /// Have the machines check themselves at every so manyth input.
+    pub check_machines_every: u32,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self { checks: Checks::ALL, keep: false, bug: None, check_machines_every: 16 }
+    }
+}
+
+/// What a run showed.
+#[derive(Debug)]
+pub struct Outcome {
+    /// The broken invariant, if one was.
+    pub violation: Option<Violation>,
+    /// The hash of the whole trace.
+    pub hash: u64,
+    /// Events of the heap that were handled.
+    pub steps: u64,
+    /// When the run ended, in simulated time.
+    pub ended_at: u64,
+    /// What was tested, excused and visited.
+    pub stats: Stats,
+    /// The facts, if they were to be kept.
+    pub facts: Vec<(u64, Fact)>,
+}
+
+/// What happens at some time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Happening {
+    Start(u32),
+    Produce(u32),
+    FaultBegins(u32),
+    FaultEnds(u32),
+    StarveTurn(u32, bool),
+    /// For a process: something that its driver does.
+    Driver(u32, Item),
+    /// A wake-up, unless a later one was asked for since.
+    Wake(u32, u32),
+    Arrive(u32),
+    LocksTurn(u32),
+    Commit(u32),
+    Cancel(u32, u32),
+    ReplyArrives(u32),
+    ResponseArrives(u32),
+    Kill(u32, u32),
+    Continue(u32),
+    Healed,
+}
+
+/// One store call, as its client and the network know it.
+#[derive(Debug)]
+pub(crate) struct Call {
+    pub(crate) worker: u32,
+    pub(crate) request: leasehold::machine::RequestId,
+    pub(crate) done: bool,
+    pub(crate) arrived: Option<u64>,
+    pub(crate) reply: Option<Reply>,
+    pub(crate) statement: u32,
+}
+
+/// What the weather is like: rates of faults that are on now.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Weather {
+    pub(crate) loss: u32,
+    pub(crate) duplicate: u32,
+    pub(crate) lost_reply: u32,
+    pub(crate) late_commit: (u32, u64),
+    pub(crate) abort: u32,
+    pub(crate) delay: u64,
+    pub(crate) stall: u64,
+}
+
+/// A worker's place.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct SlotState {
+    pub(crate) process: Option<u32>,
+    pub(crate) cut_to: bool,
+    pub(crate) cut_from: bool,
+    /// A fault keeps it down.
+    pub(crate) kept_down: u32,
+}
+
+/// See the module's documentation.
+pub struct World<'a> {
+    pub(crate) schedule: &'a Schedule,
+    pub(crate) options: Options,
+    pub(crate) now: u64,
+    seq: u32,
+    ties: Rng,
+    pub(crate) net: Rng,
+    pub(crate) pace: Rng,
+    pub(crate) chance: Rng,
+    heap: BinaryHeap<Reverse<(u64, u64, Happening)>>,
+    pub(crate) worker_settings: Vec<WorkerSettings>,
+    pub(crate) store: Store,
+    pub(crate) slots: Vec<SlotState>,
+    pub(crate) processes: Vec<Process>,
+    pub(crate) calls: Vec<Call>,
+    pub(crate) statements: Vec<Option<Statement>>,
+    pub(crate) requests: Vec<Request>,
+    pub(crate) manners: Vec<Option<Manner>>,
+    pub(crate) kills: Vec<u32>,
+    pub(crate) weather: Weather,
+    pub(crate) facts: Vec<Fact>,
+    oracle: Oracle,
+    trace: Trace,
+    violation: Option<Violation>,
+    produced: usize,
+    draining: u32,
+    forgets_until: u64,
+}
+
+impl<'a> World<'a> {
+    /// The world of a schedule before anything happened.
+    ///
+    /// # Panics
+    /// If the schedule's settings are not accepted by the machine.
+    pub fn new(schedule: &'a Schedule, options: Options) -> Self {
+        let settings = schedule.settings.iter().map(|settings| settings.worker(schedule.seed));
+        let worker_settings: Result<Vec<_>, _> = settings.collect();
+        #[allow(clippy::expect_used, reason = "a schedule with settings that nobody may use is no schedule")]
+        let worker_settings = worker_settings.expect("the schedule's settings are allowed");
+        let forgetting = schedule.faults.iter().filter(|timed| matches!(timed.fault, Fault::Failover(..)));
+        let forgets_until = forgetting.map(|timed| timed.at.saturating_add(timed.lasts)).max();
+        let setup = Setup {
+            terms: schedule.settings.iter().map(crate::schedule::Settings::terms).collect(),
+            epoch: EPOCH,
+            checks: options.checks,
+            converge_by: Some(schedule.converge_by()),
+            roomy: schedule.roomy(),
+        };
+        let destinations = schedule.destinations.len();
+        let mut world = Self {
+            schedule,
+            options,
+            now: 0,
+            seq: 0,
+            ties: Rng::new(schedule.seed, "ties"),
+            net: Rng::new(schedule.seed, "net"),
+            pace: Rng::new(schedule.seed, "pace"),
+            chance: Rng::new(schedule.seed, "chance"),
+            heap: BinaryHeap::with_capacity(256),
+            worker_settings,
+            store: Store::new(EPOCH, destinations, forgets_until.is_some(), options.bug),
+            slots: vec![SlotState::default(); schedule.slots.len()],
+            processes: Vec::with_capacity(16),
+            calls: Vec::with_capacity(512),
+            statements: Vec::with_capacity(512),
+            requests: Vec::with_capacity(256),
+            manners: vec![None; destinations],
+            kills: schedule.events.iter().map(|event| event.kills).collect(),
+            weather: Weather::default(),
+            facts: Vec::with_capacity(64),
+            oracle: Oracle::new(setup),
+            trace: Trace::new(options.keep),
+            violation: None,
+            produced: 0,
+            draining: 0,
+            forgets_until: forgets_until.unwrap_or(0),
+        };
+        for (slot, plan) in schedule.slots.iter().enumerate() {
+            world.at(plan.starts, Happening::Start(slot as u32));
+        }
+        for (event, plan) in schedule.events.iter().enumerate() {
+            world.at(plan.at, Happening::Produce(event as u32));
+        }
+        for (fault, timed) in schedule.faults.iter().enumerate() {
+            world.at(timed.at, Happening::FaultBegins(fault as u32));
+            if timed.lasts != u64::MAX {
+                world.at(timed.at + timed.lasts, Happening::FaultEnds(fault as u32));
+            }
+        }
+        world.at(schedule.heal_at, Happening::Healed);
+        world
+    }
+
+    /// Has something happen at a time; equal times are ordered by the seed.
+    pub(crate) fn at(&mut self, time: u64, happening: Happening) {
+        self.seq += 1;
+        let tie = (self.ties.bits() & 0xffff_ffff_0000_0000) | u64::from(self.seq);
+        self.heap.push(Reverse((time.max(self.now), tie, happening)));
+    }
+
+    pub(crate) fn after(&mut self, delay: u64, happening: Happening) {
+        self.at(self.now.saturating_add(delay), happening);
+    }
+
+    /// Writes a fact into the history.
+    pub(crate) fn emit(&mut self, fact: Fact) {
+        if self.violation.is_some() {
+            return;
+        }
+        self.trace.push(self.now, &fact);
+        self.violation = self.oracle.observe(self.now, &fact).err();
+    }
+
+    /// Writes what the store did.
+    pub(crate) fn emit_store_facts(&mut self) {
+        let mut facts = std::mem::take(&mut self.facts);
+        for fact in facts.drain(..) {
+            self.emit(fact);
+        }
+        self.facts = facts;
+    }
+
+    pub(crate) fn drain_count(&mut self, by: i32) {
+        self.draining = self.draining.saturating_add_signed(by);
+    }
+
+    fn settled(&self) -> bool {
+        self.produced == self.schedule.events.len()
+            && self.oracle.pending() == 0
+            && self.draining == 0
+            && self.now >= self.forgets_until
+    }
+
+    /// Runs to the end: until every event is terminal, an invariant breaks, or the time for it is up.
+    pub fn run(mut self) -> Outcome {
+        let limit = self.schedule.converge_by() + 1;
+        let mut steps = 0;
+        while self.violation.is_none()
+            && let Some(Reverse((time, _, happening))) = self.heap.pop()
+        {
+            if time > limit {
+                self.now = limit;
+                break;
+            }
+            self.now = time;
+            steps += 1;
+            self.happen(happening);
+            if self.settled() {
+                break;
+            }
+        }
+        if self.violation.is_none() {
+            let census = self.store.census();
+            self.emit(census);
+        }
+        if self.violation.is_none() {
+            self.violation = self.oracle.finish(self.now).err();
+        }
+        Outcome {
+            violation: self.violation,
+            hash: self.trace.hash(),
+            steps,
+            ended_at: self.now,
+            stats: self.oracle.stats.clone(),
+            facts: self.trace.into_facts(),
+        }
+    }
+
+    fn happen(&mut self, happening: Happening) {
+        match happening {
+            Happening::Start(slot) => self.start(slot as usize),
+            Happening::Produce(event) => self.produce(event),
+            Happening::FaultBegins(fault) => self.fault_begins(fault),
+            Happening::FaultEnds(fault) => self.fault_ends(fault),
+            Happening::StarveTurn(fault, stop) => self.starve_turn(fault, stop),
+            Happening::Driver(worker, item) => self.drive(worker, item),
+            Happening::Wake(worker, number) => self.wake(worker, number),
+            Happening::Arrive(statement) => self.arrive(statement),
+            Happening::LocksTurn(statement) => self.take_locks(statement),
+            Happening::Commit(statement) => self.commit(statement),
+            Happening::Cancel(statement, call) => self.cancel(statement, call),
+            Happening::ReplyArrives(call) => self.reply_arrives(call),
+            Happening::ResponseArrives(request) => self.response_arrives(request),
+            Happening::Kill(worker, event) => {
+                if !self.processes[worker as usize].dead {
+                    self.crash(worker, sim_oracle::Down::Poison(event));
+                    let slot = self.processes[worker as usize].slot;
+                    self.after(crate::schedule::RESTART_AFTER_KILL, Happening::Start(slot as u32));
+                }
+            }
+            Happening::Continue(worker) => self.resume(worker),
+            Happening::Healed => self.emit(Fact::Healed),
+        }
+    }
+
+    fn produce(&mut self, event: u32) {
+        // An event is a row: numbered in the order of its commit.
+        let plan = self.schedule.events[event as usize];
+        self.produced += 1;
+        let due = self.store.insert(self.now, &plan);
+        self.emit(Fact::EventCommitted {
+            event,
+            destination: plan.destination,
+            attempts: plan.attempts,
+            max_attempts: plan.max_attempts,
+            due,
+            poison: plan.kills > 0 || plan.cursed,
+        });
+    }
+}
