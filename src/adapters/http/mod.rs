@@ -4,8 +4,10 @@
 //! - **Abort.** A client drives its connections in tasks of its own, which close an aborted request's socket some time
 //!   later, or never while TLS can't write its goodbye. Here the connection lives in the future of
 //!   [`HttpGateway::send`]: when that is dropped, the socket is closed before the drop returns.
-//! - **No silent repeat.** Clients repeat requests on their own. Here one thing alone is sent again: a request that hyper
-//!   hands back since an idle connection was closed before a single byte of it was written.
+//! - **No silent repeat.** Clients send a request again on their own when a kept connection breaks under it. Here each
+//!   call makes one request on one connection, whatever happens: hyper's `SendRequest` below never repeats, and a kept
+//!   connection is looked at before it is used, so that one closed while idle costs no attempt. What is left is a close
+//!   that is under way at that very moment: an error, as it may have been handled.
 //! - **Address rules.** The addresses that were checked are the ones connected to; no name is resolved a second time,
 //!   no redirect is followed, and no proxy variable is read.
 
@@ -38,7 +40,7 @@ use crate::machine::AttemptResult;
 use crate::ports::{Attempt, Gateway};
 
 use classify::{Failure, Phase, classify};
-use connection::{Connection, Origin, Outgoing, Pool, SendError, Socket, Stream};
+use connection::{Connection, Origin, Outgoing, Pool, Socket, Stream};
 use destination::without_dot;
 pub use destination::{
     AddressRules, AllowRule, AllowRuleError, Destination, DestinationError, HostPattern, is_public,
@@ -198,7 +200,7 @@ impl HttpGateway {
             .destination_url
             .parse()
             .map_err(|error: DestinationError| Failure::Undeliverable(error.to_string()))?;
-        let mut request = self.request(attempt, &destination)?;
+        let request = self.request(attempt, &destination)?;
         if !destination.https && !self.settings.allow_http {
             return Err(Failure::PlainHttp);
         }
@@ -214,19 +216,11 @@ impl HttpGateway {
         let authority = format!("{}:{}", destination.host, destination.port);
         let origin = (destination.https, destination.authority.clone());
 
-        if let Some(connection) = self.pool.take(&origin).await {
-            match self.exchange(connection, request, &whole, &authority, &origin).await {
-                // The one case in which a request is handed to a connection twice; see the module's documentation.
-                Err(NoAnswer::Unsent(unsent, _)) => request = *unsent,
-                Err(NoAnswer::Failed(failure)) => return Err(failure),
-                Ok(head) => return Ok(head),
-            }
-        }
-        let connection = self.connect(&destination, &authority, &connect).await?;
-        self.exchange(connection, request, &whole, &authority, &origin).await.map_err(|error| match error {
-            NoAnswer::Unsent(_, error) => Failure::Broken { authority, error },
-            NoAnswer::Failed(failure) => failure,
-        })
+        let connection = match self.pool.take(&origin).await {
+            Some(connection) => connection,
+            None => self.connect(&destination, &authority, &connect).await?,
+        };
+        self.exchange(connection, request, &whole, &authority, origin).await
     }
 
     /// The request, signed, with the headers of the design's section 6.
@@ -273,21 +267,13 @@ impl HttpGateway {
         request: Outgoing,
         deadline: &Deadline,
         authority: &str,
-        origin: &Origin,
-    ) -> Result<Parts, NoAnswer> {
-        let sent = deadline
-            .bound(Phase::Waiting, authority, async { Ok(connection.send(request).await) })
-            .await
-            .map_err(NoAnswer::Failed)?;
-        let (head, body) = match sent {
-            Ok(response) => response.into_parts(),
-            Err(SendError::Unsent(request, error)) => return Err(NoAnswer::Unsent(request, error)),
-            Err(SendError::Broken(error)) => {
-                return Err(NoAnswer::Failed(Failure::Broken { authority: authority.to_owned(), error }));
-            }
-        };
+        origin: Origin,
+    ) -> Result<Parts, Failure> {
+        let broken = |error| Failure::Broken { authority: authority.to_owned(), error };
+        let response = async { connection.send(request).await.map_err(broken) };
+        let (head, body) = deadline.bound(Phase::Waiting, authority, response).await?.into_parts();
         if let Some(connection) = connection.drain(body, self.settings.response_cap).await {
-            self.pool.put(origin.clone(), connection);
+            self.pool.put(origin, connection);
         }
         Ok(head)
     }
@@ -369,13 +355,6 @@ impl Gateway for HttpGateway {
     async fn send(&self, attempt: Attempt) -> AttemptResult {
         classify(self.attempt(attempt).await)
     }
-}
-
-/// A request without a response.
-enum NoAnswer {
-    /// Not a byte of it was written.
-    Unsent(Box<Outgoing>, hyper::Error),
-    Failed(Failure),
 }
 
 /// A point in time, and the setting that put it there.
