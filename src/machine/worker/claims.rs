@@ -171,9 +171,8 @@ impl Worker {
                     let passed = self.now.since(under_way.sent);
                     let in_time =
                         lease.saturating_sub(passed + timeout * 4 + timing.fence_margin()).max(timeout);
-                    self.claims.owned_at = [lease, in_time, timeout, Duration::ZERO]
-                        .map(|wait| self.now.after(wait))
-                        .into();
+                    self.claims.owned_at =
+                        [lease, in_time, timeout, Duration::ZERO].map(|wait| self.now.after(wait)).into();
                 }
                 self.store_failed(StoreCall::Claim, under_way.sent, fault, Vec::new());
             }
