@@ -1,0 +1,1 @@
+//! What only Postgres has.
