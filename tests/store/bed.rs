@@ -74,7 +74,13 @@ pub(crate) trait Bed {
     fn request(&self, owner: &str) -> ClaimRequest {
         ClaimRequest {
             owner: WorkerId::new(owner),
-            terms: ClaimTerms { lease: LEASE, grace: GRACE, expired: true, reclaim_limit: 0, retry_budget: 0 },
+            terms: ClaimTerms {
+                lease: LEASE,
+                grace: GRACE,
+                expired: true,
+                reclaim_limit: 0,
+                retry_budget: 0,
+            },
             limit: 100,
             incarnation: Some(self.incarnation()),
             probation: 1,
@@ -268,16 +274,12 @@ impl Pg {
             create or replace function leasehold.late_now() returns timestamptz language sql volatile
                 as 'select late from leasehold.test_clock';";
         sqlx::raw_sql(clock).execute(&pool).await.expect("the test's clock");
-        let now = sqlx::query_scalar("select (extract(epoch from late) * 1000000)::bigint from leasehold.test_clock");
+        let now = sqlx::query_scalar(
+            "select (extract(epoch from late) * 1000000)::bigint from leasehold.test_clock",
+        );
         let now: i64 = now.fetch_one(&pool).await.expect("the time");
-        let mut bed = Self {
-            url,
-            database,
-            pool,
-            store,
-            incarnation: Incarnation::new(""),
-            now: AtomicI64::new(now),
-        };
+        let mut bed =
+            Self { url, database, pool, store, incarnation: Incarnation::new(""), now: AtomicI64::new(now) };
         bed.incarnation = bed.claim(bed.request("nobody")).await.reply.incarnation;
         bed
     }
