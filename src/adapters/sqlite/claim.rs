@@ -39,7 +39,7 @@ impl Room {
     }
 
     fn pick(&mut self, candidate: Candidate) {
-        let full = self.picked.len() >= self.limit || (candidate.probation && self.probation == 0);
+        let full = self.is_full_for(candidate.probation);
         let left = self.left(&candidate.destination);
         if !full && *left > 0 {
             *left -= 1;
@@ -50,6 +50,10 @@ impl Room {
 
     fn is_full(&self) -> bool {
         self.picked.len() >= self.limit
+    }
+
+    fn is_full_for(&self, probation: bool) -> bool {
+        self.is_full() || (probation && self.probation == 0)
     }
 }
 
@@ -68,7 +72,7 @@ async fn pick_all(
     );
     let page = i64::try_from(room.limit).unwrap_or(i64::MAX).max(100);
     let mut seen = (i64::MIN, i64::MIN);
-    while !room.is_full() && !(probation && room.probation == 0) {
+    while !room.is_full_for(probation) {
         let rows: Vec<(i64, String, i64)> = sqlx::query_as(sqlx::AssertSqlSafe(sql.clone()))
             .bind(now)
             .bind(seen.0)
