@@ -378,7 +378,11 @@ impl Bed for Pg {
 pub(crate) fn on_postgres(test: impl AsyncFnOnce(&Pg)) {
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
     let bed = runtime.block_on(Pg::new());
-    let run = std::panic::AssertUnwindSafe(|| runtime.block_on(test(&bed)));
+    // What hangs fails, some day.
+    let limit = Duration::from_secs(300);
+    let run = std::panic::AssertUnwindSafe(|| {
+        runtime.block_on(async { tokio::time::timeout(limit, test(&bed)).await.expect("the test ends") });
+    });
     let result = std::panic::catch_unwind(run);
     runtime.block_on(admin(format!("drop database {} with (force)", bed.database)));
     if let Err(panic) = result {
