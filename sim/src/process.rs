@@ -180,9 +180,6 @@ impl World<'_> {
                 let (Some(arrived), false) = (book.arrived, book.done) else { return };
                 book.done = true;
                 if let Some(reply) = book.reply.take() {
-                    if self.options.bug == Some(Bug::ReplyTwice) && matches!(reply, Reply::NotApplied) {
-                        return;
-                    }
                     self.answered(worker, call, arrived, reply);
                 }
             }
@@ -194,7 +191,7 @@ impl World<'_> {
                 book.done = true;
                 let (request, statement) = (book.request, book.statement);
                 let input = match self.options.bug {
-                    Some(Bug::ReplyTwice) => None,
+                    Some(Bug::TimeoutUnreported) => None,
                     _ => {
                         self.statement_input(statement, request, StoreFault::Unknown { error: String::new() })
                     }
@@ -288,7 +285,7 @@ impl World<'_> {
         }
         process.machine.handle(now, input);
         process.inputs += 1;
-        if process.inputs % self.options.check_machines_every == 0 {
+        if self.options.bug.is_none() && process.inputs % self.options.check_machines_every == 0 {
             process.machine.assert_invariants();
         }
         while process.machine.poll_observation().is_some() {}

@@ -4,9 +4,9 @@ use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 
 use leasehold::machine::WorkerSettings;
-use sim_oracle::{Checks, Fact, Oracle, Setup, Stats, Violation};
+use sim_oracle::{Checks, Fact, Invariant, Oracle, Setup, Stats, Violation};
 
-use crate::bugs::Bug;
+use crate::bugs::{Bug, Place};
 use crate::process::{Item, Process, Request};
 use crate::rng::Rng;
 use crate::schedule::{Fault, Manner, Schedule};
@@ -15,6 +15,9 @@ use crate::trace::Trace;
 
 /// What the database's clock shows when a run begins.
 pub const EPOCH: i64 = 1_700_000_000_000_000;
+
+/// More events than any run needs.
+const MOST_STEPS: u64 = 2_000_000;
 
 /// How a run is made.
 #[derive(Clone, Copy, Debug)]
@@ -144,7 +147,15 @@ impl<'a> World<'a> {
     /// # Panics
     /// If the schedule's settings are not accepted by the machine.
     pub fn new(schedule: &'a Schedule, options: Options) -> Self {
-        let settings = schedule.settings.iter().map(|settings| settings.worker(schedule.seed));
+        let planted = options.bug.and_then(|bug| match bug.place() {
+            Place::Machine(planted) => Some(planted),
+            Place::Store | Place::Driver => None,
+        });
+        let settings = schedule.settings.iter().map(|settings| {
+            let mut settings = settings.worker(schedule.seed)?;
+            settings.planted = planted;
+            Ok::<_, String>(settings)
+        });
         let worker_settings: Result<Vec<_>, _> = settings.collect();
         #[allow(clippy::expect_used, reason = "a schedule with settings that nobody may use is no schedule")]
         let worker_settings = worker_settings.expect("the schedule's settings are allowed");
@@ -258,6 +269,10 @@ impl<'a> World<'a> {
             self.happen(happening);
             if self.settled() {
                 break;
+            }
+            if steps == MOST_STEPS {
+                let text = "the run goes round in circles".to_owned();
+                self.violation = Some(Violation { invariant: Invariant::L1, text, at: self.now });
             }
         }
         if self.violation.is_none() {

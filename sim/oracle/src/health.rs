@@ -41,7 +41,7 @@ impl Oracle {
         let locked = event.locked_since.is_some_and(|from| self.now - from > terms.store_timeout)
             || (event.long_lock.0 >= since && event.long_lock.1 > terms.store_timeout);
         excuses.add(Excuse::RowLocked, locked);
-        excuses.add(Excuse::DbStepped, self.db.stepped_since(since.min(began)) > grace);
+        excuses.add(Excuse::DbStepped, self.db.stepped_since(lease.granted_at.min(began)) > grace);
         excuses.add(Excuse::CommitLost, self.last_loss.is_some_and(|at| at >= lease.claimed_at));
         excuses.add(Excuse::Draining, holder.drain_began.is_some());
         excuses.add(Excuse::BornDead, lease.born_dead);

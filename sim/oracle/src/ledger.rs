@@ -17,8 +17,9 @@ pub(crate) struct Lease {
     pub(crate) worker: u32,
     pub(crate) token: i64,
     pub(crate) claimed_at: Micros,
-    /// When the claim's or last renewal's commit came.
+    /// When the claim's or last renewal's commit came, and when it had read the clock.
     pub(crate) applied_at: Micros,
+    pub(crate) granted_at: Micros,
     pub(crate) renewals: u32,
     /// The holder's clock when it sent the last confirmed claim or renewal.
     pub(crate) confirmed: i64,

@@ -30,6 +30,9 @@ impl Worker {
         let leased = u32::try_from(self.leases.len()).unwrap_or(u32::MAX);
         self.observe(Observation::DrainBegan { leased, open: self.open });
         for key in self.leases_where(|phase| matches!(phase, Phase::Queued { .. })) {
+            if planted!(self, DrainForgetsQueue) {
+                self.drop_lease(key, HeartbeatEnd::Drained, None);
+            }
             self.stop(key, Aborting::Drained);
         }
     }
@@ -69,7 +72,7 @@ impl Worker {
         let Some(drain) = &self.drain else { return };
         let (aborted, end_at, looked) = (drain.aborted, drain.end_at, drain.looked);
         let done = looked && self.leases.is_empty() && self.claims.idle() && self.claims.owned_checked();
-        if !done && end_at > self.now {
+        if !done && (end_at > self.now || planted!(self, DrainWaits)) {
             return;
         }
         let keys: Vec<LeaseKey> = self.leases.keys().copied().collect();
