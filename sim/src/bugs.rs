@@ -106,7 +106,6 @@ bugs! {
     DestinationUnlimited, Place::Machine(Planted::DestinationUnlimited), S9, 500, "a worker opens more requests to a destination than it may";
     BehindIgnored, Place::Machine(Planted::BehindIgnored), S4, 5000, "a new lease of an event starts while the old one's request is open";
     DrainWaits, Place::Machine(Planted::DrainWaits), L4, 5000, "a drain waits until everything is settled";
-    DrainForgetsQueue, Place::Machine(Planted::DrainForgetsQueue), L1, 5000, "a drain drops what was not started instead of releasing it";
     RetryBeyondLimit, Place::Machine(Planted::RetryBeyondLimit), S6, 500, "the attempt limit is not looked at";
     FailBeforeLimit, Place::Machine(Planted::FailBeforeLimit), S6, 500, "an event fails one try early";
     RetryAfterIgnored, Place::Machine(Planted::RetryAfterIgnored), S6, 2000, "Retry-After is ignored";

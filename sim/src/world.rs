@@ -200,8 +200,8 @@ impl<'a> World<'a> {
         for (slot, plan) in schedule.slots.iter().enumerate() {
             world.at(plan.starts, Happening::Start(slot as u32));
         }
-        for (event, plan) in schedule.events.iter().enumerate() {
-            world.at(plan.at, Happening::Produce(event as u32));
+        if let Some(first) = schedule.events.first() {
+            world.at(first.at, Happening::Produce(0));
         }
         for (fault, timed) in schedule.faults.iter().enumerate() {
             world.at(timed.at, Happening::FaultBegins(fault as u32));
@@ -323,6 +323,9 @@ impl<'a> World<'a> {
         // An event is a row: numbered in the order of its commit.
         let plan = self.schedule.events[event as usize];
         self.produced += 1;
+        if let Some(next) = self.schedule.events.get(self.produced) {
+            self.at(next.at, Happening::Produce(event + 1));
+        }
         let due = self.store.insert(self.now, &plan);
         self.emit(Fact::EventCommitted {
             event,

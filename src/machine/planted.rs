@@ -35,7 +35,6 @@ planted! {
     DestinationUnlimited,
     BehindIgnored,
     DrainWaits,
-    DrainForgetsQueue,
     RetryBeyondLimit,
     FailBeforeLimit,
     RetryAfterIgnored,

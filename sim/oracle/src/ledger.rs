@@ -92,6 +92,8 @@ pub(crate) struct Worker {
     pub(crate) clock_steps: Vec<(Micros, u64)>,
     pub(crate) worst_ppm: u64,
     pub(crate) lanes: [LaneBook; 4],
+    /// When a call last went unanswered.
+    pub(crate) last_miss: Option<Micros>,
     pub(crate) drain_began: Option<Micros>,
     pub(crate) open: u32,
     pub(crate) open_by_destination: Vec<u32>,

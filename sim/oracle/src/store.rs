@@ -447,6 +447,9 @@ impl Oracle {
         self.note_lock(event, locked);
         self.events[event as usize].ended_late = self.calls[call as usize].over;
         let lease = self.events[event as usize].lease;
+        if matches!(settle, Settle::Release(_)) {
+            self.check_given_back(lease)?;
+        }
         self.lease_over(lease, None);
         self.unlease(event);
         self.outcome(worker, call, lease, settle)?;
@@ -589,7 +592,8 @@ impl Oracle {
         }
         // A date is compared with the database's time as carried forward: a reply old, and drift, may be in between.
         let loose = if matches!(end, End::Status(_, Some(RetryAfter::Date(_)))) {
-            2 * terms.store_timeout + terms.heartbeat * holder.worst_ppm / 1_000_000 + 1_000
+            let stopped = holder.stopped_between(known_since, self.now);
+            2 * terms.store_timeout + terms.lease * holder.worst_ppm / 1_000_000 + stopped + 1_000
         } else {
             2
         };

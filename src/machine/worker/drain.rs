@@ -30,9 +30,6 @@ impl Worker {
         let leased = u32::try_from(self.leases.len()).unwrap_or(u32::MAX);
         self.observe(Observation::DrainBegan { leased, open: self.open });
         for key in self.leases_where(|phase| matches!(phase, Phase::Queued { .. })) {
-            if planted!(self, DrainForgetsQueue) {
-                self.drop_lease(key, HeartbeatEnd::Drained, None);
-            }
             self.stop(key, Aborting::Drained);
         }
     }
@@ -42,7 +39,7 @@ impl Worker {
     }
 
     pub(super) fn drain_due_at(&self) -> Option<Moment> {
-        self.drain.as_ref().map(|drain| if drain.aborting { drain.end_at } else { drain.abort_at })
+        self.drain.as_ref().filter(|drain| !(planted!(self, DrainWaits) && drain.aborting)).map(|drain| if drain.aborting { drain.end_at } else { drain.abort_at })
     }
 
     /// `2R` before the timeout: aborts the rest.
