@@ -8,7 +8,7 @@ use clap::{Parser, Subcommand};
 use sim::bugs::Bug;
 use sim::search::{Found, Plan, Report, search};
 use sim::shrink::shrink;
-use sim::{Options, Profile, Schedule};
+use sim::{Options, Profile, Schedule, Tier};
 use sim_oracle::{Change, Invariant, RowState, Sometimes};
 
 #[derive(Parser)]
@@ -31,6 +31,9 @@ enum Command {
         /// One profile for all; otherwise each seed has its own.
         #[arg(long)]
         profile: Option<Profile>,
+        /// Which simulator: des or wire.
+        #[arg(long, default_value = "des")]
+        tier: Tier,
         /// How many threads; all cores by default.
         #[arg(short, long)]
         jobs: Option<usize>,
@@ -45,6 +48,9 @@ enum Command {
         /// The seed's profile, if it is not its own.
         #[arg(long)]
         profile: Option<Profile>,
+        /// Which simulator: des or wire.
+        #[arg(long, default_value = "des")]
+        tier: Tier,
         /// Tell the story.
         #[arg(long)]
         trace: bool,
@@ -62,6 +68,9 @@ enum Command {
         /// The seed's profile, if it is not its own.
         #[arg(long)]
         profile: Option<Profile>,
+        /// Which simulator: des or wire.
+        #[arg(long, default_value = "des")]
+        tier: Tier,
         /// Write the shrunk schedule here.
         #[arg(long)]
         out: Option<PathBuf>,
@@ -161,10 +170,10 @@ fn tell(schedule: &Schedule, options: Options, trace: bool, svg: Option<&Path>) 
         let drawing = sim::timeline::timeline(schedule, &outcome.facts, outcome.violation.as_ref());
         std::fs::write(path, drawing).map_err(|error| format!("{}: {error}", path.display()))?;
     }
-    let (seed, profile, hash) = (schedule.seed, schedule.profile, outcome.hash);
+    let (seed, profile, hash, tier) = (schedule.seed, schedule.profile, outcome.hash, options.tier);
     match outcome.violation {
         Some(violation) => {
-            println!("{}", Found { seed, profile, violation, hash }.line());
+            println!("{}", Found { seed, profile, tier, violation, hash }.line());
             Ok(false)
         }
         None => {
@@ -288,7 +297,8 @@ fn bench(seeds: u64) -> bool {
 fn execute(command: Command) -> Result<bool, String> {
     let options = Options::default();
     match command {
-        Command::Run { seeds, from, profile, jobs, enough } => {
+        Command::Run { seeds, from, profile, tier, jobs, enough } => {
+            let options = Options { tier, ..options };
             let threads = jobs.unwrap_or_else(cores);
             let report = watched(&Plan { seeds: from..from + seeds, profile, options, threads, enough });
             for found in report.found.iter().take(enough) {
@@ -297,12 +307,12 @@ fn execute(command: Command) -> Result<bool, String> {
             println!("{} failures; {}", report.found.len(), summary(&report));
             Ok(report.found.is_empty())
         }
-        Command::Replay { what, profile, trace, svg, bug } => {
-            let options = Options { bug: bug_named(bug)?, ..options };
+        Command::Replay { what, profile, tier, trace, svg, bug } => {
+            let options = Options { tier, bug: bug_named(bug)?, ..options };
             tell(&load(&what, profile)?, options, trace, svg.as_deref())
         }
-        Command::Shrink { what, profile, out, svg, bug } => {
-            let options = Options { bug: bug_named(bug)?, ..options };
+        Command::Shrink { what, profile, tier, out, svg, bug } => {
+            let options = Options { tier, bug: bug_named(bug)?, ..options };
             let schedule = load(&what, profile)?;
             let Some(violation) = sim::run(&schedule, options).violation else {
                 return Err(format!("{what} breaks nothing"));
