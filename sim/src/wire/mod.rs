@@ -108,7 +108,11 @@ async fn process(hub: Shared, slot: usize) -> turmoil::Result {
     };
     let run = driver.run(WorkerId::new(format!("w{worker}")), settings, told);
     Gated::new(&hub, worker, run).await?;
-    lock(&hub).die(worker, Down::Ended);
+    let mut hub = lock(&hub);
+    hub.die(worker, Down::Ended);
+    // Its fault may be over already, and was waiting for the drain.
+    let now = hub.now();
+    hub.plan(now, hub::Todo::Start(slot));
     Ok(())
 }
 
