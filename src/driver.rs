@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::future::Future;
 use std::pin::{Pin, pin};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use tokio::sync::oneshot;
@@ -217,12 +217,14 @@ impl<O: Outbox, G: Gateway, C: Clock, W: Observer> Running<O, G, C, W> {
         self.attempts.spawn(async move {
             // The world may have stopped since the machine decided (rule P4).
             let Some(message) = message.filter(|_| clock.now() < start_before) else { return (key, None) };
+            let known = OnceLock::new();
             let result = tokio::select! {
                 biased;
-                result = gateway.send(Attempt { key, number, timestamp, message }) => Some(result),
+                result = gateway.send(Attempt { key, number, timestamp, message }, &known) => Some(result),
                 _ = aborted => None,
             };
-            (key, result)
+            // The request is closed by now; what it brought before the abort stands.
+            (key, result.or_else(|| known.into_inner()))
         });
     }
 

@@ -4,7 +4,7 @@
 //! carry them over its own wire.
 
 use std::future::Future;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use bytes::Bytes;
 
@@ -78,8 +78,13 @@ pub struct Attempt {
 /// The way to the destinations.
 pub trait Gateway: Send + Sync + 'static {
     /// Makes one request and maps whatever happens to a result; it never fails otherwise. Dropping the future closes
-    /// the request's socket.
-    fn send(&self, attempt: Attempt) -> impl Future<Output = AttemptResult> + Send;
+    /// the request's socket before the drop returns. As soon as the result is known it is left in `known`, though the
+    /// request may still be open while the rest of the response is read: an abort then does not undo it (rule P4).
+    fn send(
+        &self,
+        attempt: Attempt,
+        known: &OnceLock<AttemptResult>,
+    ) -> impl Future<Output = AttemptResult> + Send;
 }
 
 /// A worker's own continuous clock.

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::future::{Future, pending};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -118,13 +118,21 @@ impl Outbox for FakeOutbox {
 struct FakeGateway {
     takes: Duration,
     panics: bool,
+    /// Answers at once; `takes` is the rest of its body.
+    drips: bool,
     attempts: Mutex<Vec<Attempt>>,
     dropped: Arc<Mutex<u32>>,
 }
 
 impl FakeGateway {
     fn new(takes: Duration) -> Arc<Self> {
-        Arc::new(Self { takes, panics: false, attempts: Mutex::default(), dropped: Arc::default() })
+        Arc::new(Self {
+            takes,
+            panics: false,
+            drips: false,
+            attempts: Mutex::default(),
+            dropped: Arc::default(),
+        })
     }
 }
 
@@ -139,13 +147,17 @@ impl Drop for CountDrop {
 }
 
 impl Gateway for FakeGateway {
-    async fn send(&self, attempt: Attempt) -> AttemptResult {
+    async fn send(&self, attempt: Attempt, known: &OnceLock<AttemptResult>) -> AttemptResult {
         assert!(!self.panics, "the gateway breaks");
         self.attempts.lock().expect("no panic").push(attempt);
         let mut guard = CountDrop(Some(Arc::clone(&self.dropped)));
+        let answer = AttemptResult::Responded { status: 200, retry_after: None };
+        if self.drips {
+            known.set(answer.clone()).expect("known once");
+        }
         tokio::time::sleep(self.takes).await;
         guard.0 = None;
-        AttemptResult::Responded { status: 200, retry_after: None }
+        answer
     }
 }
 
@@ -298,4 +310,15 @@ async fn a_panic_in_a_task_ends_the_driver() {
     let (ended, _) = drive(&outbox, &gateway, true, pending()).await;
     let error = ended.expect_err("it must not live on");
     assert!(error.to_string().contains("panicked"), "{error}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_abort_while_the_body_is_read_does_not_undo_the_answer() {
+    let outbox = FakeOutbox::new(Mode::Answers, &[1]);
+    let mut gateway = FakeGateway::new(3_600 * SECOND);
+    Arc::get_mut(&mut gateway).expect("not shared yet").drips = true;
+    let (ended, _) = drive(&outbox, &gateway, false, tokio::time::sleep(SECOND)).await;
+    assert_eq!(ended.expect("no panic"), Ended { aborted: 0, unsettled: 0 });
+    assert_eq!(*gateway.dropped.lock().expect("no panic"), 1);
+    assert_eq!(outbox.settled.lock().expect("no panic")[&1], Settle::Delivered { status: 200 });
 }

@@ -1,9 +1,21 @@
 //! Planted bugs: mistakes that the simulator must find, each by the invariant that it breaks.
 
+use leasehold::machine::Planted;
 use sim_oracle::Invariant;
 
+/// Where a mistake is made.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Place {
+    /// In the worker machine.
+    Machine(Planted),
+    /// In the simulated SQL, row machine included.
+    Store,
+    /// In the driver or the gateway.
+    Driver,
+}
+
 macro_rules! bugs {
-    ($($(#[$doc:meta])* $bug:ident, $place:literal, $invariant:ident, $budget:literal, $text:literal;)*) => {
+    ($($bug:ident, $place:expr, $invariant:ident, $budget:literal, $text:literal;)*) => {
         /// A mistake.
         #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
         pub enum Bug { $(#[doc = $text] $bug,)* }
@@ -17,8 +29,8 @@ macro_rules! bugs {
                 match self { $(Self::$bug => stringify!($bug),)* }
             }
 
-            /// Where the mistake is: machine, store or driver.
-            pub const fn place(self) -> &'static str {
+            /// Where the mistake is.
+            pub const fn place(self) -> Place {
                 match self { $(Self::$bug => $place,)* }
             }
 
@@ -41,34 +53,66 @@ macro_rules! bugs {
 }
 
 bugs! {
-    GraceIgnored, "store", S1, 200, "the claim takes leases as soon as they run out, without the grace";
-    ReclaimEarly, "store", S1, 200, "the claim takes leases that have a tenth of L to run";
-    ClaimLateClock, "store", S6, 5000, "the claim compares next_attempt_at with the late clock";
-    LeaseFromEarlyClock, "store", S1, 200, "the claim grants from the statement's start";
-    LeaseHalved, "store", S1, 200, "the claim grants half of L";
-    RenewFromEarlyClock, "store", S1, 5000, "the renewal extends from the statement's start";
-    RenewHalved, "store", S1, 200, "the renewal extends by half of L";
-    RenewIgnoresToken, "store", S5, 5000, "the renewal's guard does not look at the token";
-    RenewIgnoresOwner, "store", S5, 5000, "the renewal's guard does not look at the owner";
-    SettleUnguarded, "store", S5, 1000, "the settle has no guard";
-    SettleIgnoresToken, "store", S5, 5000, "the settle's guard does not look at the token";
-    SettleRefusesExpired, "store", S5, 5000, "a settle after the lease's end is refused";
-    SettleTerminalAgain, "store", S7, 5000, "a repeated settle is applied a second time";
-    TokenKept, "store", S5, 200, "the claim does not raise the token";
-    AttemptsKept, "store", S6, 200, "a settled try spends no attempt";
-    ReleaseSpends, "store", S6, 1000, "a release spends an attempt";
-    RetryDueNow, "store", S6, 200, "a retry is due at once";
-    ClaimIgnoresDue, "store", S6, 200, "the claim does not look at next_attempt_at";
-    ClaimIgnoresSpent, "store", S6, 5000, "the claim does not look at attempts";
-    DoubleClaim, "store", S1, 1000, "the claim does not lock what it takes";
-    ClaimTerminal, "store", S7, 1000, "the claim does not look at the status";
-    NeverReclaim, "store", L1, 200, "expired leases are never taken";
-    LostRow, "store", S8, 1000, "a settle that fails an event deletes its row";
-    ClaimIgnoresShare, "store", S9, 1000, "the claim does not look at shares";
-    DeadlineFromReply, "driver", S3, 5000, "a start is allowed until the deadline instead of the fence";
-    StartUnchecked, "driver", S3, 5000, "a start is not compared with its fence";
-    AbortLost, "driver", S3, 5000, "an abort is confirmed and the socket left open";
-    ReplyTwice, "driver", L1, 5000, "a store call that timed out is never reported";
-    SendTwice, "driver", S6, 200, "a failed request is sent again by the gateway itself";
-    AcceptedIsSuccess, "driver", S7, 1000, "a connection reset counts as 200";
+    GraceIgnored, Place::Store, S1, 200, "the claim takes leases as soon as they run out, without the grace";
+    ReclaimEarly, Place::Store, S1, 200, "the claim takes leases that have a tenth of L to run";
+    ClaimLateClock, Place::Store, S6, 5000, "the claim compares next_attempt_at with the late clock";
+    LeaseFromEarlyClock, Place::Store, S1, 200, "the claim grants from the statement's start";
+    LeaseHalved, Place::Store, S1, 200, "the claim grants half of L";
+    RenewFromEarlyClock, Place::Store, S1, 5000, "the renewal extends from the statement's start";
+    RenewHalved, Place::Store, S1, 200, "the renewal extends by half of L";
+    RenewIgnoresToken, Place::Store, S5, 5000, "the renewal's guard does not look at the token";
+    RenewIgnoresOwner, Place::Store, S5, 5000, "the renewal's guard does not look at the owner";
+    SettleUnguarded, Place::Store, S5, 1000, "the settle has no guard";
+    SettleIgnoresToken, Place::Store, S5, 5000, "the settle's guard does not look at the token";
+    SettleRefusesExpired, Place::Store, S5, 5000, "a settle after the lease's end is refused";
+    SettleTerminalAgain, Place::Store, S7, 5000, "a repeated settle is applied a second time";
+    TokenKept, Place::Store, S5, 200, "the claim does not raise the token";
+    AttemptsKept, Place::Store, S6, 200, "a settled try spends no attempt";
+    ReleaseSpends, Place::Store, S6, 1000, "a release spends an attempt";
+    RetryDueNow, Place::Store, S6, 200, "a retry is due at once";
+    ClaimIgnoresDue, Place::Store, S6, 200, "the claim does not look at next_attempt_at";
+    ClaimIgnoresSpent, Place::Store, S6, 5000, "the claim does not look at attempts";
+    DoubleClaim, Place::Store, S1, 1000, "the claim does not lock what it takes";
+    ClaimTerminal, Place::Store, S7, 1000, "the claim does not look at the status";
+    NeverReclaim, Place::Store, L1, 200, "expired leases are never taken";
+    LostRow, Place::Store, S8, 1000, "a settle that fails an event deletes its row";
+    ClaimIgnoresShare, Place::Store, S9, 1000, "the claim does not look at shares";
+    StartUnchecked, Place::Driver, S3, 5000, "a start is not compared with its fence";
+    AbortLost, Place::Driver, S3, 5000, "an abort is confirmed and the socket left open";
+    TimeoutUnreported, Place::Driver, L1, 2000, "a store call that timed out is never reported";
+    SendTwice, Place::Driver, S6, 200, "a failed request is sent again by the gateway itself";
+    AcceptedIsSuccess, Place::Driver, S7, 1000, "a connection reset counts as 200";
+    HeartbeatOnce, Place::Machine(Planted::HeartbeatOnce), S2, 2000, "a lease is renewed once and never again";
+    HeartbeatLate, Place::Machine(Planted::HeartbeatLate), S2, 2000, "a lease is renewed when it is L old";
+    HeartbeatForgottenOnFailure, Place::Machine(Planted::HeartbeatForgottenOnFailure), S2, 2000, "what a failed renewal was about is not renewed again";
+    QueueNotRenewed, Place::Machine(Planted::QueueNotRenewed), S2, 2000, "leases that wait in the queue are not renewed";
+    OutcomeNotRenewed, Place::Machine(Planted::OutcomeNotRenewed), S2, 5000, "leases with an outcome are not renewed";
+    AloneNever, Place::Machine(Planted::AloneNever), S2, 5000, "a row skipped twice is not renewed any more";
+    TwoRenewals, Place::Machine(Planted::TwoRenewals), S9, 2000, "a second renewal is sent while one is under way";
+    DeadlineFromReply, Place::Machine(Planted::DeadlineFromReply), S3, 5000, "the deadline counts from the renewal's reply";
+    FenceNever, Place::Machine(Planted::FenceNever), S3, 2000, "fences are not checked";
+    FenceWithoutMargin, Place::Machine(Planted::FenceWithoutMargin), S3, 2000, "the fence is the deadline, without the margin";
+    FenceReleasesAtOnce, Place::Machine(Planted::FenceReleasesAtOnce), S6, 2000, "a lease is given back before its abort is confirmed";
+    SettleOnce, Place::Machine(Planted::SettleOnce), S2, 2000, "an outcome whose settle failed is dropped";
+    SettleDelayRestarts, Place::Machine(Planted::SettleDelayRestarts), S6, 500, "the delay that is sent is too long by H";
+    UnknownClaimForgotten, Place::Machine(Planted::UnknownClaimForgotten), S2, 2000, "after an unknown claim nothing is looked for";
+    LateClaimForgotten, Place::Machine(Planted::LateClaimForgotten), S2, 5000, "after an unknown claim there are two looks, soon";
+    ClaimStopsAfterFailure, Place::Machine(Planted::ClaimStopsAfterFailure), L1, 2000, "a failed claim is the last one";
+    SearchNever, Place::Machine(Planted::SearchNever), L1, 2000, "no worker ever searches for expired leases";
+    SearchSeldom, Place::Machine(Planted::SearchSeldom), L2, 5000, "expired leases are searched for every 4 L";
+    EmbargoAlways, Place::Machine(Planted::EmbargoAlways), L2, 5000, "an embargo lasts 12 L and is begun again at every failure";
+    LeasesUnlimited, Place::Machine(Planted::LeasesUnlimited), S9, 500, "a worker asks for more leases than it may hold";
+    RequestsUnlimited, Place::Machine(Planted::RequestsUnlimited), S9, 500, "a worker opens more requests than it may";
+    DestinationUnlimited, Place::Machine(Planted::DestinationUnlimited), S9, 500, "a worker opens more requests to a destination than it may";
+    BehindIgnored, Place::Machine(Planted::BehindIgnored), S4, 5000, "a new lease of an event starts while the old one's request is open";
+    DrainWaits, Place::Machine(Planted::DrainWaits), L4, 5000, "a drain waits until everything is settled";
+    RetryBeyondLimit, Place::Machine(Planted::RetryBeyondLimit), S6, 500, "the attempt limit is not looked at";
+    FailBeforeLimit, Place::Machine(Planted::FailBeforeLimit), S6, 500, "an event fails one try early";
+    RetryAfterIgnored, Place::Machine(Planted::RetryAfterIgnored), S6, 2000, "Retry-After is ignored";
+    RetryAfterUncapped, Place::Machine(Planted::RetryAfterUncapped), S6, 2000, "Retry-After is not capped";
+    BackoffStuck, Place::Machine(Planted::BackoffStuck), S6, 2000, "the backoff does not grow after the second try";
+    BackoffOffByOne, Place::Machine(Planted::BackoffOffByOne), S6, 500, "the backoff is one doubling ahead";
+    RedirectIsSuccess, Place::Machine(Planted::RedirectIsSuccess), S7, 2000, "3xx counts as delivered";
+    UndeliverableRetried, Place::Machine(Planted::UndeliverableRetried), S6, 2000, "what can never be sent is retried";
+    ProbationTogether, Place::Machine(Planted::ProbationTogether), S6, 2000, "a worker takes several events on probation at a time";
 }

@@ -37,9 +37,9 @@ impl World<'_> {
                     self.after(timed.lasts, Happening::Continue(worker));
                 }
             }
-            Fault::PauseAtSend(slot) => {
+            Fault::PauseAtSend(slot, before) => {
                 if let Some(worker) = self.process_of(slot) {
-                    self.processes[worker as usize].pause_at_send = Some(timed.lasts);
+                    self.processes[worker as usize].pause_at_send = Some((timed.lasts, before));
                 }
             }
             Fault::Suspend(slot) => {
@@ -110,7 +110,7 @@ impl World<'_> {
                 }
                 self.start(slot);
             }
-            Fault::PauseAtSend(slot) => {
+            Fault::PauseAtSend(slot, _) => {
                 if let Some(worker) = self.process_of(slot) {
                     self.processes[worker as usize].pause_at_send = None;
                 }

@@ -385,7 +385,7 @@ fn add(class: Class, schedule: &Schedule, rng: &mut Rng, faults: &mut Vec<Timed>
         Class::CrashAmid => (Fault::CrashAmid(slot, rng.below(12) as u32), lasts.max(lease / 2)),
         Class::CrashOnAnswer => (Fault::CrashOnAnswer(slot), lasts.max(lease / 2)),
         Class::Pause => (Fault::Pause(slot), lasts),
-        Class::PauseAtSend => (Fault::PauseAtSend(slot), lasts),
+        Class::PauseAtSend => (Fault::PauseAtSend(slot, rng.percent(50)), lasts.max(settings.fence_margin)),
         Class::Suspend => (Fault::Suspend(slot), lasts),
         Class::Starve => {
             let turn = rng.spread(100, 50 * MS);

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
-use sim::bugs::Bug;
+use sim::bugs::{Bug, Place};
 use sim::search::{Found, Plan, Report, search};
 use sim::shrink::shrink;
 use sim::{Options, Profile, Schedule, Tier};
@@ -186,7 +186,7 @@ fn tell(schedule: &Schedule, options: Options, trace: bool, svg: Option<&Path>) 
 fn bugs(only: Option<Bug>, seeds: Option<u64>) -> bool {
     let mut good = true;
     println!(
-        "{:<24} {:<8} {:<18} {:>7} {:>7}  also broken first",
+        "{:<28} {:<8} {:<18} {:>7} {:>7}  also broken first",
         "bug", "place", "invariant", "seed", "budget"
     );
     for bug in Bug::ALL.iter().copied().filter(|bug| only.is_none_or(|only| only == *bug)) {
@@ -212,9 +212,14 @@ fn bugs(only: Option<Bug>, seeds: Option<u64>) -> bool {
         let rate =
             seeds.map_or(String::new(), |seeds| format!(" {:.2} %", f64::from(hits) * 100.0 / seeds as f64));
         let others: Vec<&str> = others.iter().map(|other| other.name()).collect();
-        let (name, place, invariant) = (bug.name(), bug.place(), bug.invariant().name());
+        let place = match bug.place() {
+            Place::Machine(_) => "machine",
+            Place::Store => "store",
+            Place::Driver => "driver",
+        };
+        let (name, invariant) = (bug.name(), bug.invariant().name());
         println!(
-            "{name:<24} {place:<8} {invariant:<18} {seed:>7} {:>7}  {}{rate}",
+            "{name:<28} {place:<8} {invariant:<18} {seed:>7} {:>7}  {}{rate}",
             bug.budget(),
             others.join(", ")
         );

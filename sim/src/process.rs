@@ -15,6 +15,8 @@ pub(crate) enum Item {
     Wake,
     Reply(u32),
     TimedOut(u32),
+    /// The driver's look at its clock.
+    Check(u32),
     Open(u32),
     Responded(u32),
     RequestTimedOut(u32),
@@ -43,6 +45,7 @@ pub(crate) struct Request {
     pub(crate) stage: Stage,
     pub(crate) opened: bool,
     pub(crate) end: Option<End>,
+    pub(crate) start_before: Moment,
 }
 
 /// One start of a worker process.
@@ -61,8 +64,8 @@ pub(crate) struct Process {
     /// Crash after so many more effects.
     pub(crate) crash_amid: Option<u32>,
     pub(crate) crash_on_answer: bool,
-    /// Stop between the next fence check and the first byte, for so long.
-    pub(crate) pause_at_send: Option<u64>,
+    /// Stop at the next request for so long: before the driver's look at its clock, or after it.
+    pub(crate) pause_at_send: Option<(u64, bool)>,
     /// Requests that are not over.
     pub(crate) requests: Vec<u32>,
 }
@@ -103,7 +106,7 @@ impl World<'_> {
         self.drive(worker, Item::Wake);
     }
 
-    fn local(&self, worker: u32) -> Moment {
+    pub(crate) fn local(&self, worker: u32) -> Moment {
         let local = self.processes[worker as usize].clock.at(self.now);
         Moment::from_micros(u64::try_from(local).unwrap_or(0))
     }
@@ -180,9 +183,6 @@ impl World<'_> {
                 let (Some(arrived), false) = (book.arrived, book.done) else { return };
                 book.done = true;
                 if let Some(reply) = book.reply.take() {
-                    if self.options.bug == Some(Bug::ReplyTwice) && matches!(reply, Reply::NotApplied) {
-                        return;
-                    }
                     self.answered(worker, call, arrived, reply);
                 }
             }
@@ -194,7 +194,7 @@ impl World<'_> {
                 book.done = true;
                 let (request, statement) = (book.request, book.statement);
                 let input = match self.options.bug {
-                    Some(Bug::ReplyTwice) => None,
+                    Some(Bug::TimeoutUnreported) => None,
                     _ => {
                         self.statement_input(statement, request, StoreFault::Unknown { error: String::new() })
                     }
@@ -205,6 +205,7 @@ impl World<'_> {
                     self.input(worker, input);
                 }
             }
+            Item::Check(request) => self.check_start(request),
             Item::Open(request) => self.open(request),
             Item::Responded(request) => {
                 let book = &mut self.requests[request as usize];
@@ -288,7 +289,7 @@ impl World<'_> {
         }
         process.machine.handle(now, input);
         process.inputs += 1;
-        if process.inputs % self.options.check_machines_every == 0 {
+        if self.options.bug.is_none() && process.inputs % self.options.check_machines_every == 0 {
             process.machine.assert_invariants();
         }
         while process.machine.poll_observation().is_some() {}
@@ -303,7 +304,7 @@ impl World<'_> {
                 Some(left) => *left -= 1,
                 None => {}
             }
-            self.act(worker, now, action);
+            self.act(worker, action);
         }
         let process = &mut self.processes[worker as usize];
         if process.machine.ended().is_some() {
@@ -312,15 +313,13 @@ impl World<'_> {
         self.rearm(worker);
     }
 
-    fn act(&mut self, worker: u32, now: Moment, action: Action) {
+    fn act(&mut self, worker: u32, action: Action) {
         match action {
             Action::Claim(request, claim) => self.call(worker, request, Ask::Claim(claim)),
             Action::Renew(request, renew) => self.call(worker, request, Ask::Renew(renew)),
             Action::Settle(request, settle) => self.call(worker, request, Ask::Settle(settle)),
             Action::Owned(request, owned) => self.call(worker, request, Ask::Owned(owned)),
-            Action::Send { key, number, start_before, .. } => {
-                self.send(worker, now, key, number, start_before)
-            }
+            Action::Send { key, number, start_before, .. } => self.send(worker, key, number, start_before),
             Action::Abort { key } => {
                 let requests = &self.processes[worker as usize].requests;
                 let found =

@@ -9,38 +9,49 @@ use crate::schedule::{Asked, Manner};
 use crate::world::{Happening, World};
 
 impl World<'_> {
-    /// The machine wants a request started: it is, unless its fence has come.
-    pub(crate) fn send(
-        &mut self,
-        worker: u32,
-        now: Moment,
-        key: LeaseKey,
-        number: u32,
-        start_before: Moment,
-    ) {
-        let unchecked = matches!(self.options.bug, Some(Bug::StartUnchecked | Bug::DeadlineFromReply));
-        if now >= start_before && !unchecked {
-            // Told to the machine at the next turn of the loop.
-            let request = self.request(worker, key, number);
-            self.requests[request as usize].stage = Stage::Closing;
-            return self.after(0, Happening::Driver(worker, Item::Closed(request)));
-        }
-        let request = self.request(worker, key, number);
-        let slot = self.processes[worker as usize].slot;
-        let timeout = self.schedule.settings[self.schedule.slots[slot].settings].request_timeout;
-        self.after(timeout, Happening::Driver(worker, Item::RequestTimedOut(request)));
-        let connect = self.pace.below(self.schedule.pace.connect + 1);
-        self.after(connect, Happening::Driver(worker, Item::Open(request)));
-        if let Some(pause) = self.processes[worker as usize].pause_at_send.take() {
+    /// The machine wants a request started.
+    pub(crate) fn send(&mut self, worker: u32, key: LeaseKey, number: u32, start_before: Moment) {
+        let request = self.request(worker, key, number, start_before);
+        self.pause_at_send(worker, true);
+        self.drive(worker, Item::Check(request));
+    }
+
+    /// Stops the process here, if a fault asks for it.
+    fn pause_at_send(&mut self, worker: u32, before_check: bool) {
+        let pause = self.processes[worker as usize].pause_at_send;
+        if let Some((pause, before)) = pause
+            && before == before_check
+        {
+            self.processes[worker as usize].pause_at_send = None;
             self.stop(worker);
             self.after(pause, Happening::Continue(worker));
         }
     }
 
-    fn request(&mut self, worker: u32, key: LeaseKey, number: u32) -> u32 {
+    /// The driver looks at its clock: the request starts, unless its fence has come.
+    pub(crate) fn check_start(&mut self, request: u32) {
+        let Request { worker, key, stage, start_before, .. } = self.requests[request as usize];
+        if stage != Stage::Connecting {
+            return;
+        }
+        if self.local(worker) >= start_before && self.options.bug != Some(Bug::StartUnchecked) {
+            // Told to the machine at the next turn of the loop.
+            self.requests[request as usize].stage = Stage::Closing;
+            return self.after(0, Happening::Driver(worker, Item::Closed(request)));
+        }
+        self.emit(Fact::StartAllowed { worker, event: key.row.0 as u32, token: key.token.0 });
+        let slot = self.processes[worker as usize].slot;
+        let timeout = self.schedule.settings[self.schedule.slots[slot].settings].request_timeout;
+        self.after(timeout, Happening::Driver(worker, Item::RequestTimedOut(request)));
+        let connect = self.pace.below(self.schedule.pace.connect + 1);
+        self.after(connect, Happening::Driver(worker, Item::Open(request)));
+        self.pause_at_send(worker, false);
+    }
+
+    fn request(&mut self, worker: u32, key: LeaseKey, number: u32, start_before: Moment) -> u32 {
         let request = self.requests.len() as u32;
         let stage = Stage::Connecting;
-        self.requests.push(Request { worker, key, number, stage, opened: false, end: None });
+        self.requests.push(Request { worker, key, number, stage, opened: false, end: None, start_before });
         self.processes[worker as usize].requests.push(request);
         request
     }

@@ -283,8 +283,9 @@ pub enum Fault {
     CrashOnAnswer(usize),
     /// The process is stopped; its clock goes on.
     Pause(usize),
-    /// The same, between the fence check and the first byte of its next request.
-    PauseAtSend(usize),
+    /// The same, at its next request: between the machine's decision and the driver's look at its clock (`true`), or
+    /// between that look and the first byte.
+    PauseAtSend(usize, bool),
     /// The machine is suspended and the worker's clock stands still.
     Suspend(usize),
     /// The process gets the processor for the first number of microseconds, then not for the second, and so on.

@@ -149,7 +149,7 @@ fn slot_mut(fault: &mut Fault) -> Option<&mut usize> {
         | Fault::CrashAmid(slot, _)
         | Fault::CrashOnAnswer(slot)
         | Fault::Pause(slot)
-        | Fault::PauseAtSend(slot)
+        | Fault::PauseAtSend(slot, _)
         | Fault::Suspend(slot)
         | Fault::Starve(slot, _, _)
         | Fault::ClockStep(slot, _)

@@ -76,7 +76,7 @@ fn line(schedule: &Schedule, fact: &Fact, begun: &mut [bool]) -> Option<(String,
         Fact::RequestEnded { worker: w, event, token, end } => {
             (worker(w), format!("request for {event}#{token} ends: {end:?}"))
         }
-        Fact::OutcomeKnown { .. } => return None,
+        Fact::StartAllowed { .. } | Fact::OutcomeKnown { .. } => return None,
         Fact::RowLocked { event } => (db(), format!("an outside session locks {event}")),
         Fact::RowUnlocked { event } => (db(), format!("the outside session lets go of {event}")),
         Fact::DbStepped { by } => (db(), format!("the clock is stepped by {}", seconds(by))),

@@ -4,9 +4,9 @@ use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 
 use leasehold::machine::WorkerSettings;
-use sim_oracle::{Checks, Fact, Oracle, Setup, Stats, Violation};
+use sim_oracle::{Checks, Fact, Invariant, Oracle, Setup, Stats, Violation};
 
-use crate::bugs::Bug;
+use crate::bugs::{Bug, Place};
 use crate::process::{Item, Process, Request};
 use crate::rng::Rng;
 use crate::schedule::{Fault, Manner, Schedule};
@@ -15,6 +15,9 @@ use crate::trace::Trace;
 
 /// What the database's clock shows when a run begins.
 pub const EPOCH: i64 = 1_700_000_000_000_000;
+
+/// More events than any run needs.
+const MOST_STEPS: u64 = 2_000_000;
 
 /// Which simulator runs a schedule.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -175,7 +178,15 @@ impl<'a> World<'a> {
     /// # Panics
     /// If the schedule's settings are not accepted by the machine.
     pub fn new(schedule: &'a Schedule, options: Options) -> Self {
-        let settings = schedule.settings.iter().map(|settings| settings.worker(schedule.seed));
+        let planted = options.bug.and_then(|bug| match bug.place() {
+            Place::Machine(planted) => Some(planted),
+            Place::Store | Place::Driver => None,
+        });
+        let settings = schedule.settings.iter().map(|settings| {
+            let mut settings = settings.worker(schedule.seed)?;
+            settings.planted = planted;
+            Ok::<_, String>(settings)
+        });
         let worker_settings: Result<Vec<_>, _> = settings.collect();
         #[allow(clippy::expect_used, reason = "a schedule with settings that nobody may use is no schedule")]
         let worker_settings = worker_settings.expect("the schedule's settings are allowed");
@@ -220,8 +231,8 @@ impl<'a> World<'a> {
         for (slot, plan) in schedule.slots.iter().enumerate() {
             world.at(plan.starts, Happening::Start(slot as u32));
         }
-        for (event, plan) in schedule.events.iter().enumerate() {
-            world.at(plan.at, Happening::Produce(event as u32));
+        if let Some(first) = schedule.events.first() {
+            world.at(first.at, Happening::Produce(0));
         }
         for (fault, timed) in schedule.faults.iter().enumerate() {
             world.at(timed.at, Happening::FaultBegins(fault as u32));
@@ -290,6 +301,10 @@ impl<'a> World<'a> {
             if self.settled() {
                 break;
             }
+            if steps == MOST_STEPS {
+                let text = "the run goes round in circles".to_owned();
+                self.violation = Some(Violation { invariant: Invariant::L1, text, at: self.now });
+            }
         }
         if self.violation.is_none() {
             let census = self.store.census();
@@ -339,6 +354,9 @@ impl<'a> World<'a> {
         // An event is a row: numbered in the order of its commit.
         let plan = self.schedule.events[event as usize];
         self.produced += 1;
+        if let Some(next) = self.schedule.events.get(self.produced) {
+            self.at(next.at, Happening::Produce(event + 1));
+        }
         let due = self.store.insert(self.now, &plan);
         self.emit(Fact::EventCommitted {
             event,

@@ -12,6 +12,8 @@
 
 mod id;
 mod io;
+#[cfg(feature = "planted-bugs")]
+mod planted;
 mod retry;
 mod row;
 mod settings;
@@ -24,6 +26,8 @@ pub use io::{
     Observation, OwnedReply, OwnedRequest, RenewReply, RenewRequest, RetryAfter, SettleKind, SettleReply,
     SettleRequest, StoreCall, StoreFault, Unsendable,
 };
+#[cfg(feature = "planted-bugs")]
+pub use planted::Planted;
 pub use retry::{Judged, Verdict};
 pub use row::{
     Answer, ClaimAnswer, ClaimFailure, ClaimTerms, Lease, PROBATION_RECLAIMS, Row, Settle, Status,

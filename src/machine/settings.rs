@@ -185,6 +185,9 @@ pub struct WorkerSettings {
     pub seed: u64,
     /// End by itself once no event is pending (`run --until-empty`).
     pub until_empty: bool,
+    /// A mistake for the simulator to find.
+    #[cfg(feature = "planted-bugs")]
+    pub planted: Option<super::planted::Planted>,
 }
 
 /// Why limits or the retry policy were refused.
@@ -287,7 +290,15 @@ impl WorkerSettings {
             });
         }
         if errors.is_empty() {
-            Ok(Self { timing, limits, retry, seed, until_empty: false })
+            Ok(Self {
+                timing,
+                limits,
+                retry,
+                seed,
+                until_empty: false,
+                #[cfg(feature = "planted-bugs")]
+                planted: None,
+            })
         } else {
             Err(errors)
         }

@@ -185,6 +185,8 @@ pub enum Fact {
     SettleImpossible { worker: u32, event: u32, token: i64 },
     /// A transaction that was rolled back had this row locked since then.
     LockDropped { event: u32, since: Micros },
+    /// A driver compared its clock with a lease's fence and lets a request start.
+    StartAllowed { worker: u32, event: u32, token: i64 },
     /// The first byte of a request.
     RequestOpened { worker: u32, event: u32, token: i64, number: u32 },
     /// The request is open no longer.

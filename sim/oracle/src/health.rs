@@ -3,7 +3,7 @@
 use crate::fact::{Down, Micros};
 use crate::ledger::Lease;
 use crate::violation::{Excuse, Excuses};
-use crate::{Oracle, Sometimes};
+use crate::{Invariant, Oracle, Sometimes, Verdict, ensure};
 
 /// What the design accepts as a cause for two open requests (rule P12).
 pub(crate) const OVERLAP: &[Excuse] =
@@ -41,12 +41,45 @@ impl Oracle {
         let locked = event.locked_since.is_some_and(|from| self.now - from > terms.store_timeout)
             || (event.long_lock.0 >= since && event.long_lock.1 > terms.store_timeout);
         excuses.add(Excuse::RowLocked, locked);
-        excuses.add(Excuse::DbStepped, self.db.stepped_since(since.min(began)) > grace);
+        excuses.add(Excuse::DbStepped, self.db.stepped_since(lease.granted_at.min(began)) > grace);
         excuses.add(Excuse::CommitLost, self.last_loss.is_some_and(|at| at >= lease.claimed_at));
         excuses.add(Excuse::Draining, holder.drain_began.is_some());
         excuses.add(Excuse::BornDead, lease.born_dead);
         excuses.add(Excuse::Impossible, lease.impossible);
         excuses
+    }
+
+    /// **S2**, the other way to lose an event: a holder to whom nothing at all happened has no reason to give it back.
+    pub(crate) fn check_given_back(&mut self, lease: u32) -> Verdict {
+        let book = &self.leases[lease as usize];
+        let holder = &self.workers[book.worker as usize];
+        let since = book.claimed_at.saturating_sub(self.terms_of(book.worker).lease);
+        let troubled = book.confirmed == crate::ledger::UNKNOWN
+            || !self.excuses(book, None).none()
+            || holder.drain_began.is_some()
+            || holder.stopped_between(since, self.now) > 0
+            || holder.clock_stepped_since(0) > 0
+            || holder.worst_ppm > 0
+            || holder.last_miss.is_some_and(|at| at >= since)
+            || self.db.stepped_since(since) > 0
+            || self.last_loss.is_some()
+            || self.events[book.event as usize].long_lock.0 >= since.max(1)
+            || self.events[book.event as usize].locked_since.is_some();
+        if troubled {
+            self.stats.unchecked[Invariant::S2 as usize] += 1;
+            return Ok(());
+        }
+        self.stats.checked[Invariant::S2 as usize] += 1;
+        ensure!(
+            self,
+            S2,
+            false,
+            "worker {} gave event {} back after {} us, though nothing was wrong with it",
+            book.worker,
+            book.event,
+            self.now - book.claimed_at
+        );
+        Ok(())
     }
 
     /// By how much a worker's clock may have gone wrong since then.

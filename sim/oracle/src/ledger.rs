@@ -17,8 +17,9 @@ pub(crate) struct Lease {
     pub(crate) worker: u32,
     pub(crate) token: i64,
     pub(crate) claimed_at: Micros,
-    /// When the claim's or last renewal's commit came.
+    /// When the claim's or last renewal's commit came, and when it had read the clock.
     pub(crate) applied_at: Micros,
+    pub(crate) granted_at: Micros,
     pub(crate) renewals: u32,
     /// The holder's clock when it sent the last confirmed claim or renewal.
     pub(crate) confirmed: i64,
@@ -91,6 +92,8 @@ pub(crate) struct Worker {
     pub(crate) clock_steps: Vec<(Micros, u64)>,
     pub(crate) worst_ppm: u64,
     pub(crate) lanes: [LaneBook; 4],
+    /// When a call last went unanswered.
+    pub(crate) last_miss: Option<Micros>,
     pub(crate) drain_began: Option<Micros>,
     pub(crate) open: u32,
     pub(crate) open_by_destination: Vec<u32>,

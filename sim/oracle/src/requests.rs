@@ -18,9 +18,20 @@ impl Oracle {
         let past = u64::try_from(worker.clock.at(self.now) - fence).ok()?;
         let since = self.now.saturating_sub(past + 1);
         let stopped = worker.stopped_between(since, self.now);
-        // A clock that was set back before the claim may have been making up for it then.
-        let stepped = worker.clock_stepped_since(since.min(book.claimed_at));
+        // A clock that was set back may still be making up for it.
+        let stepped = worker.clock_stepped_since(0);
         Some((past.saturating_sub(stopped + stepped), stopped + stepped > 0))
+    }
+
+    /// **S3** at the very check: the driver looked at its clock and found that it may start.
+    pub(crate) fn start_allowed(&mut self, worker: u32, event: u32, token: i64) -> Verdict {
+        let Some(lease) = self.find(event, worker, token) else { return Ok(()) };
+        let (book, holder, terms) =
+            (&self.leases[lease as usize], &self.workers[worker as usize], self.terms_of(worker));
+        let fence = book.confirmed.saturating_add((terms.lease - terms.fence_margin) as i64);
+        let allowed = holder.clock.at(self.now) < fence || holder.clock_stepped_since(0) > 0;
+        ensure!(self, S3, allowed, "worker {worker} lets a request for event {event} start past its fence");
+        Ok(())
     }
 
     pub(crate) fn request_opened(&mut self, worker: u32, event: u32, token: i64, number: u32) -> Verdict {

@@ -228,6 +228,7 @@ impl Oracle {
             token,
             claimed_at: self.now,
             applied_at: self.now,
+            granted_at: locked,
             renewals: 0,
             confirmed: UNKNOWN,
             open: false,
@@ -395,7 +396,7 @@ impl Oracle {
         );
         let lease = book.lease;
         self.events[event as usize].until = until;
-        self.leases[lease as usize].applied_at = self.now;
+        (self.leases[lease as usize].applied_at, self.leases[lease as usize].granted_at) = (self.now, locked);
         self.leases[lease as usize].renewals += 1;
         self.note_lock(event, locked);
         self.link(call, lease);
@@ -446,6 +447,9 @@ impl Oracle {
         self.note_lock(event, locked);
         self.events[event as usize].ended_late = self.calls[call as usize].over;
         let lease = self.events[event as usize].lease;
+        if matches!(settle, Settle::Release(_)) {
+            self.check_given_back(lease)?;
+        }
         self.lease_over(lease, None);
         self.unlease(event);
         self.outcome(worker, call, lease, settle)?;
@@ -562,7 +566,9 @@ impl Oracle {
         let (book, call) = (&self.leases[lease as usize], &self.calls[call as usize]);
         let holder = &self.workers[book.worker as usize];
         let terms = *self.terms_of(book.worker);
-        if holder.clock_stepped_since(book.claimed_at) > 0 || self.db.stepped_since(book.claimed_at) > 0 {
+        // The database's time as carried forward may stem from a statement of some time before the claim.
+        let known_since = book.claimed_at.saturating_sub(4 * terms.store_timeout);
+        if holder.clock_stepped_since(book.claimed_at) > 0 || self.db.stepped_since(known_since) > 0 {
             self.stats.unchecked[Invariant::S6 as usize] += 1;
             return Ok(());
         }
@@ -586,7 +592,8 @@ impl Oracle {
         }
         // A date is compared with the database's time as carried forward: a reply old, and drift, may be in between.
         let loose = if matches!(end, End::Status(_, Some(RetryAfter::Date(_)))) {
-            2 * terms.store_timeout + terms.heartbeat * holder.worst_ppm / 1_000_000 + 1_000
+            let stopped = holder.stopped_between(known_since, self.now);
+            2 * terms.store_timeout + terms.lease * holder.worst_ppm / 1_000_000 + stopped + 1_000
         } else {
             2
         };

@@ -18,6 +18,7 @@ impl Oracle {
             clock_steps: Vec::new(),
             worst_ppm: u64::from(ppm.unsigned_abs()),
             lanes: [LaneBook::default(); 4],
+            last_miss: None,
             drain_began: None,
             open: 0,
             open_by_destination: Vec::new(),
@@ -92,7 +93,7 @@ impl Oracle {
         let Some(began) = book.drain_began else { return Ok(()) };
         let terms = self.terms_of(worker);
         let took = self.now - began - book.stopped_between(began, self.now);
-        let drift = took * book.worst_ppm / 900_000 + book.clock_stepped_since(began);
+        let drift = took * book.worst_ppm / 900_000 + book.clock_stepped_since(0);
         let bound = terms.drain_timeout + drift + 10_000;
         ensure!(
             self,
@@ -169,6 +170,7 @@ impl Oracle {
         if lane_book.misses >= 2 {
             lane_book.double_miss = Some(now);
         }
+        holder.last_miss = Some(now);
         holder.unsure |= lane == Lane::Claim;
         self.quiet_since = now;
         Ok(())

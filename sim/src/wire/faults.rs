@@ -88,7 +88,7 @@ impl World {
                 hub.with(slot, |hub, worker| hub.processes[worker].crash_on_answer = true);
             }
             Fault::Pause(slot) => hub.pause(slot, ends),
-            Fault::PauseAtSend(slot) => {
+            Fault::PauseAtSend(slot, _) => {
                 hub.with(slot, |hub, worker| hub.processes[worker].pause_at_send = Some(timed.lasts));
             }
             Fault::Suspend(slot) => {
@@ -155,7 +155,7 @@ impl World {
                 drop(hub);
                 self.start(slot);
             }
-            Fault::PauseAtSend(slot) => {
+            Fault::PauseAtSend(slot, _) => {
                 hub.with(slot, |hub, worker| hub.processes[worker].pause_at_send = None);
             }
             Fault::Suspend(slot) | Fault::Drift(slot, _) => {

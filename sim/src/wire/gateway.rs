@@ -2,13 +2,13 @@
 //! dropping it closes the socket.
 
 use std::pin::{Pin, pin};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll};
 use std::time::{Duration, UNIX_EPOCH};
 use std::{future, io};
 
-use http_body_util::Full;
+use http_body_util::{BodyExt as _, Full};
 use hyper::{Request, Response, body::Bytes, body::Incoming, client::conn::http1, header};
 use hyper_util::rt::TokioIo;
 use leasehold::machine::{AttemptResult, DbTime, LeaseKey, RetryAfter};
@@ -18,8 +18,9 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::time::timeout;
 use turmoil::net::TcpStream;
 
-use super::endpoint::{MANNER, PORTS};
+use super::endpoint::MANNER;
 use super::hub::{Gated, Shared, Todo, effect, lock};
+use crate::bugs::Bug;
 use crate::schedule::Manner;
 
 /// The destinations as a worker process sees them.
@@ -36,6 +37,7 @@ struct Exchange {
     key: LeaseKey,
     number: u32,
     opened: AtomicBool,
+    end: OnceLock<End>,
 }
 
 impl Exchange {
@@ -62,31 +64,22 @@ impl Exchange {
         }
     }
 
-    /// It is over, and the worker knows. The worker may die of it.
-    async fn end(&self, end: End) {
+    /// Its socket is closed, and the worker knows what came of it.
+    fn over(&self, end: End) {
         self.fact(|worker, event, token| Fact::RequestEnded { worker, event, token, end });
-        self.fact(|worker, event, token| Fact::OutcomeKnown { worker, event, token });
-        let dies = {
-            let mut hub = lock(&self.hub);
-            let dies = std::mem::take(&mut hub.processes[self.worker as usize].crash_on_answer);
-            if dies {
-                hub.die(self.worker, Down::Crash);
-            }
-            dies
-        };
-        if dies {
-            future::pending::<()>().await;
+        if end != End::Closed {
+            self.fact(|worker, event, token| Fact::OutcomeKnown { worker, event, token });
         }
     }
 }
 
-/// Sees to it that an aborted request counts as closed once its socket is.
+/// Sees to it that an aborted request is over once its socket is closed. A status that came before stands.
 struct Abort<'a>(&'a Exchange);
 
 impl Drop for Abort<'_> {
     fn drop(&mut self) {
         if self.0.opened() {
-            self.0.fact(|worker, event, token| Fact::RequestEnded { worker, event, token, end: End::Closed });
+            self.0.over(self.0.end.get().copied().unwrap_or(End::Closed));
         }
     }
 }
@@ -169,22 +162,21 @@ fn result(end: End) -> AttemptResult {
 }
 
 impl Sender {
-    async fn exchange(&self, attempt: Attempt) -> AttemptResult {
+    async fn exchange(&self, attempt: Attempt, known: &OnceLock<AttemptResult>) -> AttemptResult {
         effect(&self.hub, self.worker).await;
         let Attempt { key, number, timestamp, message } = attempt;
         let event = key.row.0 as u32;
-        let manner = {
+        let (manner, bug) = {
             let mut hub = lock(&self.hub);
             let manner = hub.draw_manner(event);
             // No answer: an outcome that is settled first would take the event off probation.
-            if hub.kills[event as usize] > 0 { Manner::Hang } else { manner }
+            (if hub.kills[event as usize] > 0 { Manner::Hang } else { manner }, hub.bug)
         };
         let (hub, opened) = (Arc::clone(&self.hub), AtomicBool::new(false));
-        let exchange = Arc::new(Exchange { hub, worker: self.worker, key, number, opened });
-        let end = if manner == Manner::Undeliverable {
-            End::Undeliverable
-        } else {
-            let abort = Abort(&exchange);
+        let exchange =
+            Arc::new(Exchange { hub, worker: self.worker, key, number, opened, end: OnceLock::new() });
+        let mut end = End::Undeliverable;
+        if manner != Manner::Undeliverable {
             let request = Request::post(&message.destination_url)
                 .header(header::HOST, "web")
                 .header("webhook-id", &message.event_id)
@@ -196,32 +188,72 @@ impl Sender {
                 .body(Full::new(message.payload.clone()));
             #[allow(clippy::expect_used, reason = "the simulated rows have nothing odd in them")]
             let request = request.expect("a request");
-            let port = request.uri().port_u16().unwrap_or(PORTS);
-            let response = timeout(self.request_timeout, respond(Arc::clone(&exchange), port, request)).await;
+            let abort = Abort(&exchange);
+            let _ = timeout(self.request_timeout, respond(&exchange, request.clone(), known)).await;
+            if bug == Some(Bug::SendTwice) && exchange.end.get().is_none() {
+                exchange.over(End::Error);
+                exchange.opened.store(false, Ordering::Relaxed);
+                let _ = timeout(self.request_timeout, respond(&exchange, request, known)).await;
+            }
             std::mem::forget(abort);
-            response.ok().flatten().unwrap_or(End::Error)
+            end = exchange.end.get().copied().unwrap_or(End::Error);
+        }
+        exchange.over(end);
+        self.maybe_die().await;
+        match end {
+            End::Error if bug == Some(Bug::AcceptedIsSuccess) => result(End::Status(200, None)),
+            end => result(end),
+        }
+    }
+
+    /// The worker may die of an answer.
+    async fn maybe_die(&self) {
+        let dies = {
+            let mut hub = lock(&self.hub);
+            let dies = std::mem::take(&mut hub.processes[self.worker as usize].crash_on_answer);
+            if dies {
+                hub.die(self.worker, Down::Crash);
+            }
+            dies
         };
-        exchange.end(end).await;
-        result(end)
+        if dies {
+            future::pending::<()>().await;
+        }
     }
 }
 
-async fn respond(exchange: Arc<Exchange>, port: u16, request: Request<Full<Bytes>>) -> Option<End> {
+/// From connecting to the end of the response. What counts is known with its head.
+async fn respond(
+    exchange: &Arc<Exchange>,
+    request: Request<Full<Bytes>>,
+    known: &OnceLock<AttemptResult>,
+) -> Option<()> {
+    let port = request.uri().port_u16()?;
     let stream = TcpStream::connect(("web", port)).await.ok()?;
-    let socket = TokioIo::new(Socket { stream, exchange });
+    let socket = TokioIo::new(Socket { stream, exchange: Arc::clone(exchange) });
     let (mut sender, connection) = http1::handshake(socket).await.ok()?;
     let mut connection = pin!(connection);
-    let mut response = pin!(sender.send_request(request));
-    let response = tokio::select! {
+    let mut exchange = pin!(async {
+        let response = sender.send_request(request).await.ok()?;
+        let end = parse(&response);
+        let _ = exchange.end.set(end);
+        let _ = known.set(result(end));
+        let mut body = response.into_body();
+        while let Some(Ok(_)) = body.frame().await {}
+        Some(())
+    });
+    tokio::select! {
         biased;
-        response = &mut response => response,
-        _ = &mut connection => response.await,
-    };
-    response.ok().map(|response| parse(&response))
+        done = &mut exchange => done,
+        _ = &mut connection => exchange.await,
+    }
 }
 
 impl Gateway for Sender {
-    async fn send(&self, attempt: Attempt) -> AttemptResult {
-        Gated::new(&self.hub, self.worker, self.exchange(attempt)).await
+    async fn send(&self, attempt: Attempt, known: &OnceLock<AttemptResult>) -> AttemptResult {
+        let (worker, event, token) = (self.worker, attempt.key.row.0 as u32, attempt.key.token.0);
+        // The driver calls this right after its look at the clock.
+        lock(&self.hub).emit_of(worker, Fact::StartAllowed { worker, event, token });
+        Gated::new(&self.hub, worker, self.exchange(attempt, known)).await
     }
 }

@@ -12,6 +12,7 @@ use std::task::{Context, Poll, Waker};
 use sim_oracle::{Down, Fact, LocalClock, STANDS_STILL};
 use tokio::sync::{oneshot, watch};
 
+use crate::bugs::Bug;
 use crate::rng::Rng;
 use crate::schedule::{Manner, Schedule};
 use crate::store::{Statement, Store};
@@ -52,6 +53,7 @@ pub(super) struct Hub {
     /// When the tick under way began.
     pub(super) tick: u64,
     pub(super) store: Store,
+    pub(super) bug: Option<Bug>,
     pub(super) weather: Weather,
     pub(super) statements: BTreeMap<u32, Statement>,
     pub(super) waiting: BTreeMap<u32, oneshot::Sender<()>>,
@@ -77,10 +79,11 @@ pub(super) fn lock(hub: &Shared) -> MutexGuard<'_, Hub> {
 }
 
 impl Hub {
-    pub(super) fn new(schedule: Arc<Schedule>, store: Store) -> Self {
+    pub(super) fn new(schedule: Arc<Schedule>, store: Store, bug: Option<Bug>) -> Self {
         let mut hub = Self {
             tick: 0,
             store,
+            bug,
             weather: Weather::default(),
             statements: BTreeMap::new(),
             waiting: BTreeMap::new(),

@@ -11,13 +11,10 @@
 //! A stopped process is one whose futures are not polled: what arrives stays in its sockets. Its driver's own time-outs
 //! still fire, so that a store call may be given up, and its connection closed, during a stop.
 //!
-//! Not to be had here: [`Fault::Duplicate`] (TCP delivers once), the store's hints, answers to questions that were never
-//! asked, and bugs that are planted in the event heap's own driver. [`Fault::Loss`] loses whole calls and replies, not
-//! segments; a lost destination, or one that is slow to connect, is what [`Manner::Hang`](crate::schedule::Manner) is
-//! for.
-//!
-//! [`Fault::Duplicate`]: crate::schedule::Fault::Duplicate
-//! [`Fault::Loss`]: crate::schedule::Fault::Loss
+//! Not to be had here: [`Fault::Duplicate`] (TCP delivers once), a stop before the driver's look at its clock (both
+//! kinds of [`Fault::PauseAtSend`] come after it), answers to questions that were never asked, the store's hints, and
+//! the bugs that are planted in the event heap's own driver, but for those of the gateway. [`Fault::Loss`] loses whole
+//! calls and replies, not segments.
 
 mod endpoint;
 mod faults;
@@ -36,6 +33,7 @@ use leasehold::ports::Clock;
 use sim_oracle::{Down, Fact, Oracle, Setup, Violation};
 use turmoil::Sim;
 
+use crate::bugs::Place;
 use crate::schedule::{Fault, Schedule, Settings};
 use crate::store::Store;
 use crate::trace::Trace;
@@ -92,7 +90,11 @@ async fn process(hub: Shared, slot: usize) -> turmoil::Result {
         let hub = lock(&hub);
         let Some(worker) = hub.process_in(slot) else { return Ok(()) };
         let plan = &hub.schedule.settings[hub.schedule.slots[slot].settings];
-        let settings = plan.worker(hub.schedule.seed)?;
+        let mut settings = plan.worker(hub.schedule.seed)?;
+        settings.planted = hub.bug.and_then(|bug| match bug.place() {
+            Place::Machine(planted) => Some(planted),
+            Place::Store | Place::Driver => None,
+        });
         (worker, (settings, plan.request_timeout), hub.processes[worker as usize].shutdown.subscribe())
     };
     let (settings, request_timeout) = settings;
@@ -154,7 +156,7 @@ impl World {
         };
         let forgets = schedule.faults.iter().any(|timed| matches!(timed.fault, Fault::Failover(..)));
         let store = Store::new(EPOCH, schedule.destinations.len(), forgets, options.bug);
-        let hub = Arc::new(Mutex::new(Hub::new(Arc::clone(&schedule), store)));
+        let hub = Arc::new(Mutex::new(Hub::new(Arc::clone(&schedule), store, options.bug)));
         // A message takes until the next tick. Where `R` leaves room it may take one tick more.
         let roomy = schedule.settings.iter().all(|settings| settings.store_timeout >= 300 * MS);
         let slowest = if roomy && schedule.seed % 2 == 0 { 12 } else { 1 };

@@ -103,14 +103,6 @@ pub(super) type Outgoing = Request<Full<Bytes>>;
 pub(super) trait Stream: AsyncRead + AsyncWrite + Send + Unpin {}
 impl<T: AsyncRead + AsyncWrite + Send + Unpin> Stream for T {}
 
-/// A request that got no response.
-pub(super) enum SendError {
-    /// Not a byte of it was written: here it is again.
-    Unsent(Box<Outgoing>, hyper::Error),
-    /// It may have been written, and may have been handled.
-    Broken(hyper::Error),
-}
-
 /// A connection with at most one request on it.
 pub(super) struct Connection {
     sender: http1::SendRequest<Full<Bytes>>,
@@ -135,19 +127,16 @@ impl Connection {
     }
 
     /// Sends a request and waits for the response's head.
-    pub(super) async fn send(&mut self, request: Outgoing) -> Result<Response<Incoming>, SendError> {
-        let mut response = pin!(self.sender.try_send_request(request));
-        let response = poll_fn(|cx| {
+    pub(super) async fn send(&mut self, request: Outgoing) -> Result<Response<Incoming>, hyper::Error> {
+        let mut response = pin!(self.sender.send_request(request));
+        poll_fn(|cx| {
             // `drive` can't be called while `response` borrows the sender.
             if !self.driver_ended {
                 self.driver_ended = Pin::new(&mut self.driver).poll(cx).is_ready();
             }
             response.as_mut().poll(cx)
-        });
-        response.await.map_err(|mut error| match error.take_message() {
-            Some(request) => SendError::Unsent(Box::new(request), error.into_error()),
-            None => SendError::Broken(error.into_error()),
         })
+        .await
     }
 
     /// Reads a body to its end, up to `cap` bytes and for at most a second. Gives the connection back if it can take

@@ -4,8 +4,10 @@
 //! - **Abort.** A client drives its connections in tasks of its own, which close an aborted request's socket some time
 //!   later, or never while TLS can't write its goodbye. Here the connection lives in the future of
 //!   [`HttpGateway::send`]: when that is dropped, the socket is closed before the drop returns.
-//! - **No silent repeat.** Clients repeat requests on their own. Here one thing alone is sent again: a request that hyper
-//!   hands back since an idle connection was closed before a single byte of it was written.
+//! - **No silent repeat.** Clients send a request again on their own when a kept connection breaks under it. Here each
+//!   call makes one request on one connection, whatever happens: hyper's `SendRequest` below never repeats, and a kept
+//!   connection is looked at before it is used, so that one closed while idle costs no attempt. What is left is a close
+//!   that is under way at that very moment: an error, as it may have been handled.
 //! - **Address rules.** The addresses that were checked are the ones connected to; no name is resolved a second time,
 //!   no redirect is followed, and no proxy variable is read.
 
@@ -19,12 +21,11 @@ use std::fmt;
 use std::future::Future;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use http_body_util::Full;
 use hyper::header::{CONTENT_LENGTH, CONTENT_TYPE, HOST, HeaderName, HeaderValue, USER_AGENT};
-use hyper::http::response::Parts;
 use hyper::{Method, Request};
 use tokio::net::TcpStream;
 use tokio::task::JoinSet;
@@ -38,7 +39,7 @@ use crate::machine::AttemptResult;
 use crate::ports::{Attempt, Gateway};
 
 use classify::{Failure, Phase, classify};
-use connection::{Connection, Origin, Outgoing, Pool, SendError, Socket, Stream};
+use connection::{Connection, Origin, Outgoing, Pool, Socket, Stream};
 use destination::without_dot;
 pub use destination::{
     AddressRules, AllowRule, AllowRuleError, Destination, DestinationError, HostPattern, is_public,
@@ -192,13 +193,17 @@ impl HttpGateway {
         HexHeaders::new(prefix).map(drop)
     }
 
-    async fn attempt(&self, attempt: Attempt) -> Result<Parts, Failure> {
+    async fn attempt(
+        &self,
+        attempt: Attempt,
+        known: &OnceLock<AttemptResult>,
+    ) -> Result<AttemptResult, Failure> {
         let destination: Destination = attempt
             .message
             .destination_url
             .parse()
             .map_err(|error: DestinationError| Failure::Undeliverable(error.to_string()))?;
-        let mut request = self.request(attempt, &destination)?;
+        let request = self.request(attempt, &destination)?;
         if !destination.https && !self.settings.allow_http {
             return Err(Failure::PlainHttp);
         }
@@ -214,19 +219,11 @@ impl HttpGateway {
         let authority = format!("{}:{}", destination.host, destination.port);
         let origin = (destination.https, destination.authority.clone());
 
-        if let Some(connection) = self.pool.take(&origin).await {
-            match self.exchange(connection, request, &whole, &authority, &origin).await {
-                // The one case in which a request is handed to a connection twice; see the module's documentation.
-                Err(NoAnswer::Unsent(unsent, _)) => request = *unsent,
-                Err(NoAnswer::Failed(failure)) => return Err(failure),
-                Ok(head) => return Ok(head),
-            }
-        }
-        let connection = self.connect(&destination, &authority, &connect).await?;
-        self.exchange(connection, request, &whole, &authority, &origin).await.map_err(|error| match error {
-            NoAnswer::Unsent(_, error) => Failure::Broken { authority, error },
-            NoAnswer::Failed(failure) => failure,
-        })
+        let connection = match self.pool.take(&origin).await {
+            Some(connection) => connection,
+            None => self.connect(&destination, &authority, &connect).await?,
+        };
+        self.exchange(connection, request, &whole, &authority, origin, known).await
     }
 
     /// The request, signed, with the headers of the design's section 6.
@@ -273,23 +270,19 @@ impl HttpGateway {
         request: Outgoing,
         deadline: &Deadline,
         authority: &str,
-        origin: &Origin,
-    ) -> Result<Parts, NoAnswer> {
-        let sent = deadline
-            .bound(Phase::Waiting, authority, async { Ok(connection.send(request).await) })
-            .await
-            .map_err(NoAnswer::Failed)?;
-        let (head, body) = match sent {
-            Ok(response) => response.into_parts(),
-            Err(SendError::Unsent(request, error)) => return Err(NoAnswer::Unsent(request, error)),
-            Err(SendError::Broken(error)) => {
-                return Err(NoAnswer::Failed(Failure::Broken { authority: authority.to_owned(), error }));
-            }
-        };
+        origin: Origin,
+        known: &OnceLock<AttemptResult>,
+    ) -> Result<AttemptResult, Failure> {
+        let broken = |error| Failure::Broken { authority: authority.to_owned(), error };
+        let response = async { connection.send(request).await.map_err(broken) };
+        let (head, body) = deadline.bound(Phase::Waiting, authority, response).await?.into_parts();
+        // The status line decides; an abort while the body is read must not undo it (rule P4).
+        let result = classify(Ok(head));
+        let _ = known.set(result.clone());
         if let Some(connection) = connection.drain(body, self.settings.response_cap).await {
-            self.pool.put(origin.clone(), connection);
+            self.pool.put(origin, connection);
         }
-        Ok(head)
+        Ok(result)
     }
 
     /// A new connection to an address that is allowed.
@@ -366,16 +359,9 @@ impl Gateway for HttpGateway {
     /// Returns once the status is known and the body was read or given up (at most a second later). Whether it returns
     /// or is dropped, no request of it is open afterwards: dropping closes the socket, with a reset, before the drop
     /// returns. A task that runs it has to be aborted *and awaited* to know that it was dropped.
-    async fn send(&self, attempt: Attempt) -> AttemptResult {
-        classify(self.attempt(attempt).await)
+    async fn send(&self, attempt: Attempt, known: &OnceLock<AttemptResult>) -> AttemptResult {
+        self.attempt(attempt, known).await.unwrap_or_else(|failure| classify(Err(failure)))
     }
-}
-
-/// A request without a response.
-enum NoAnswer {
-    /// Not a byte of it was written.
-    Unsent(Box<Outgoing>, hyper::Error),
-    Failed(Failure),
 }
 
 /// A point in time, and the setting that put it there.

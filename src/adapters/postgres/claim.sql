@@ -18,7 +18,8 @@ rooms as materialized (
 ),
 -- Expired leases: the search reads every lease, so it is made seldom (rule P10).
 run_out as materialized (
-    select id, destination_key, next_attempt_at, pg_column_size(payload) as stored, reclaims + 1 >= 3 as probation
+    select id, destination_key, next_attempt_at, pg_column_size(payload) as stored, reclaims + 1 >= 3 as probation,
+        row_number() over (partition by destination_key, reclaims + 1 >= 3 order by next_attempt_at, id) as nth
     from leasehold.outbox_events
     where lease_owner is not null
         and (select expired from search)
@@ -28,15 +29,22 @@ run_out as materialized (
 ),
 expired as materialized (
     select id, destination_key, next_attempt_at, stored, 0 as turn, false as probation
-    from run_out
-    where not probation
+    from run_out left join rooms on rooms.key = destination_key
+    where not probation and nth <= coalesce(room, $10)
     order by next_attempt_at, id
     limit $8
+),
+-- Destinations that have their share with the above.
+filled as materialized (
+    select destination_key from expired left join rooms on rooms.key = destination_key
+    group by destination_key, room
+    having count(*) >= coalesce(room, $10)
 ),
 probation as materialized (
     select id, destination_key, next_attempt_at, stored, 1 as turn, true as probation
     from (
-        select id, destination_key, next_attempt_at, stored from run_out where probation
+        select id, destination_key, next_attempt_at, stored from run_out
+        where probation and destination_key <> all (array(select destination_key from filled))
         union all
         (
             select id, destination_key, next_attempt_at, pg_column_size(payload)
@@ -44,6 +52,7 @@ probation as materialized (
             where delivery_status = 'pending' and lease_owner is null and reclaims >= 3
                 and next_attempt_at <= leasehold.early_now()
                 and destination_key <> all (array(select key from rooms where room <= 0))
+                and destination_key <> all (array(select destination_key from filled))
                 and $9 > 0
             order by next_attempt_at, id
             limit $9
@@ -157,7 +166,7 @@ sized as materialized (
 granted as materialized (
     select sized.*, leasehold.late_now() as late,
         case
-            when attempts >= case when $7 = 0 then max_attempts else least(max_attempts, $7 + 1) end then 'attempts'
+            when attempts >= case when $7 = 0 then max_attempts else least(max_attempts, $7::bigint + 1) end then 'attempts'
             when $6 > 0 and reclaims + reclaimed::int > $6 then 'reclaims'
         end as spent
     from sized
@@ -188,7 +197,11 @@ select
     (extract(epoch from leasehold.late_now()) * 1000000)::bigint as db_now,
     server.incarnation,
     search.expired as searched,
-    case when (select count(*) from claimed) < $8 then (
+    case
+    -- Cut off by the bytes: there is more, and it is due.
+    when (select count(*) from granted) < (select count(*) from locked)
+        or exists (select from picked where before > $14) then 0
+    when (select count(*) from claimed) < $8 then (
         select (extract(epoch from next_attempt_at - server.early) * 1000000)::bigint
         from leasehold.outbox_events
         where delivery_status = 'pending' and lease_owner is null and reclaims < 3
@@ -197,11 +210,16 @@ select
         limit 1
     ) end as next_due_in,
     case when $15 then
+        -- The table is seen as before this statement: what it fails is pending no more.
         exists (select from leasehold.outbox_events
-            where delivery_status = 'pending' and lease_owner is null and reclaims < 3)
+            where delivery_status = 'pending' and lease_owner is null and reclaims < 3
+                and id <> all (array(select claimed.id from claimed where spent is not null)))
         or exists (select from leasehold.outbox_events
-            where delivery_status = 'pending' and lease_owner is null and reclaims >= 3)
-        or exists (select from leasehold.outbox_events where lease_owner is not null)
+            where delivery_status = 'pending' and lease_owner is null and reclaims >= 3
+                and id <> all (array(select claimed.id from claimed where spent is not null)))
+        or exists (select from leasehold.outbox_events
+            where lease_owner is not null
+                and id <> all (array(select claimed.id from claimed where spent is not null)))
     end as any_pending,
     claimed.*
 from server cross join search left join claimed on true

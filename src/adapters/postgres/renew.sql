@@ -14,7 +14,7 @@ renewed as (
     set lease_until = greatest(event.lease_until, leasehold.late_now() + $4 * interval '1 microsecond')
     from locked join asked on asked.id = locked.id
     where event.id = locked.id and locked.lease_token = asked.token and locked.lease_owner = $1
-    returning event.id
+    returning event.id, event.lease_token
 )
 select
     (extract(epoch from leasehold.late_now()) * 1000000)::bigint as db_now,
@@ -29,4 +29,5 @@ select
     end as answer
 from asked
 left join locked on locked.id = asked.id
-left join renewed on renewed.id = asked.id
+-- A row may be asked for under two tokens.
+left join renewed on renewed.id = asked.id and renewed.lease_token = asked.token

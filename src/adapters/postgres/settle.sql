@@ -33,7 +33,7 @@ settled as (
         updated_at = late
     from guarded
     where event.id = guarded.id
-    returning event.id
+    returning event.id, event.lease_token
 )
 select
     (extract(epoch from leasehold.late_now()) * 1000000)::bigint as db_now,
@@ -48,4 +48,5 @@ select
     end as answer
 from asked
 left join locked on locked.id = asked.id
-left join settled on settled.id = asked.id
+-- A row may be asked for under two tokens.
+left join settled on settled.id = asked.id and settled.lease_token = asked.token

@@ -39,7 +39,7 @@ impl Room {
     }
 
     fn pick(&mut self, candidate: Candidate) {
-        let full = self.picked.len() >= self.limit || (candidate.probation && self.probation == 0);
+        let full = self.is_full_for(candidate.probation);
         let left = self.left(&candidate.destination);
         if !full && *left > 0 {
             *left -= 1;
@@ -51,24 +51,42 @@ impl Room {
     fn is_full(&self) -> bool {
         self.picked.len() >= self.limit
     }
+
+    fn is_full_for(&self, probation: bool) -> bool {
+        self.is_full() || (probation && self.probation == 0)
+    }
 }
 
-async fn candidates(
+/// Picks in the order of time, page by page, so that rows of a destination that has its share hide no others.
+/// In `of`, `?1` is now.
+async fn pick_all(
     connection: &mut SqliteConnection,
-    sql: String,
+    of: &str,
+    probation: bool,
     now: i64,
-    limit: i64,
-) -> Result<Vec<Candidate>, sqlx::Error> {
-    let rows = sqlx::query(sqlx::AssertSqlSafe(sql)).bind(now).bind(limit).fetch_all(connection).await?;
-    rows.iter()
-        .map(|row| {
-            Ok(Candidate {
-                id: row.try_get(0)?,
-                destination: row.try_get(1)?,
-                probation: row.try_get::<bool, _>(2)?,
-            })
-        })
-        .collect()
+    room: &mut Room,
+) -> Result<(), sqlx::Error> {
+    let sql = format!(
+        "select id, destination_key, next_attempt_at from ({of})
+         where (next_attempt_at, id) > (?2, ?3) order by next_attempt_at, id limit ?4"
+    );
+    let page = i64::try_from(room.limit).unwrap_or(i64::MAX).max(100);
+    let mut seen = (i64::MIN, i64::MIN);
+    while !room.is_full_for(probation) {
+        let rows: Vec<(i64, String, i64)> = sqlx::query_as(sqlx::AssertSqlSafe(sql.clone()))
+            .bind(now)
+            .bind(seen.0)
+            .bind(seen.1)
+            .bind(page)
+            .fetch_all(&mut *connection)
+            .await?;
+        let Some((id, _, at)) = rows.last() else { break };
+        seen = (*at, *id);
+        for (id, destination, _) in rows {
+            room.pick(Candidate { id, destination, probation });
+        }
+    }
+    Ok(())
 }
 
 async fn pick(
@@ -85,40 +103,30 @@ async fn pick(
         probation: request.probation,
         picked: Vec::new(),
     };
+    let grace = micros(request.terms.grace);
+    // Without a search, no row that is leased.
+    let expired = format!(
+        "select id, destination_key, next_attempt_at from outbox_events where lease_owner is not null and {search}
+         and lease_until + {grace} <= ?1 and next_attempt_at <= ?1"
+    );
     if search {
-        let grace = micros(request.terms.grace);
-        let expired = |probation: bool| {
-            let compared = if probation { ">=" } else { "<" };
-            format!(
-                "select id, destination_key, reclaims + 1 >= 3 from outbox_events where lease_owner is not null
-                 and lease_until + {grace} <= ?1 and next_attempt_at <= ?1 and reclaims + 1 {compared} 3
-                 order by next_attempt_at, id limit ?2"
-            )
-        };
-        for candidate in candidates(connection, expired(false), now, limit).await? {
-            room.pick(candidate);
-        }
-        for candidate in candidates(connection, expired(true), now, i64::from(room.probation)).await? {
-            room.pick(candidate);
-        }
+        pick_all(connection, &format!("{expired} and reclaims < 2"), false, now, &mut room).await?;
     }
-    if room.probation > 0 {
-        let sql = "select id, destination_key, 1 from outbox_events where delivery_status = 'pending'
-                   and lease_owner is null and reclaims >= 3 and next_attempt_at <= ?1
-                   order by next_attempt_at, id limit ?2";
-        for candidate in candidates(connection, sql.into(), now, limit).await? {
-            room.pick(candidate);
-        }
-    }
-    let sql = format!(
-        "select id, destination_key, 0 from outbox_events where {FRESH} and next_attempt_at <= ?1
+    let suspects = format!(
+        "{expired} and reclaims >= 2 union all select id, destination_key, next_attempt_at from outbox_events
+         where delivery_status = 'pending' and lease_owner is null and reclaims >= 3 and next_attempt_at <= ?1"
+    );
+    pick_all(connection, &suspects, true, now, &mut room).await?;
+    let fresh = format!(
+        "select id, destination_key from outbox_events where {FRESH} and next_attempt_at <= ?1
          order by next_attempt_at, id limit ?2"
     );
-    let fresh = candidates(connection, sql, now, limit).await?;
+    let fresh: Vec<(i64, String)> =
+        sqlx::query_as(sqlx::AssertSqlSafe(fresh)).bind(now).bind(limit).fetch_all(&mut *connection).await?;
     let cut_off = fresh.len() as i64 == limit;
-    let seen: Vec<i64> = fresh.iter().map(|candidate| candidate.id).collect();
-    for candidate in fresh {
-        room.pick(candidate);
+    let seen: Vec<i64> = fresh.iter().map(|(id, _)| *id).collect();
+    for (id, destination) in fresh {
+        room.pick(Candidate { id, destination, probation: false });
     }
     if cut_off && !room.is_full() {
         reach_past(connection, now, &seen, &mut room).await?;
@@ -217,8 +225,13 @@ pub(super) async fn claim(store: &Sqlite, request: &ClaimRequest) -> Result<Clai
         reply.next_due_in = next.map(|next| DbTime::from_micros(next).since(now));
     }
     if request.count_pending {
+        // Three looks, each by an index of its own.
         let any = sqlx::query_scalar(
-            "select exists (select 1 from outbox_events where delivery_status = 'pending')",
+            "select exists (select 1 from outbox_events
+                 where delivery_status = 'pending' and lease_owner is null and reclaims < 3)
+             or exists (select 1 from outbox_events
+                 where delivery_status = 'pending' and lease_owner is null and reclaims >= 3)
+             or exists (select 1 from outbox_events where lease_owner is not null)",
         );
         reply.any_pending = Some(any.fetch_one(&mut *connection).await?);
     }

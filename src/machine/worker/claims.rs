@@ -80,11 +80,14 @@ impl Worker {
     fn room(&self) -> u32 {
         let limits = self.settings.limits();
         let held = u32::try_from(self.leases.len()).unwrap_or(u32::MAX);
+        if planted!(self, LeasesUnlimited) {
+            return limits.claim_batch;
+        }
         limits.claim_batch.min(limits.max_leased.saturating_sub(held))
     }
 
     fn may_search(&self) -> bool {
-        self.incarnation.is_some()
+        self.incarnation.is_some() && !planted!(self, SearchNever)
     }
 
     fn search_due_at(&self) -> Moment {
@@ -120,7 +123,9 @@ impl Worker {
         let timing = *self.timing();
         let limit = self.room();
         let expired = self.may_search() && self.search_due_at() <= self.now;
-        if expired {
+        if expired && planted!(self, SearchSeldom) {
+            self.claims.search_at = self.now.after(timing.lease() * 4);
+        } else if expired {
             // **P10**: at most once per max(poll, G/2).
             self.claims.search_at = self.now.after(limits.poll_interval.max(timing.reclaim_grace() / 2));
         }
@@ -142,7 +147,7 @@ impl Worker {
             },
             limit,
             incarnation: self.incarnation.clone(),
-            probation: u32::from(self.probation == 0),
+            probation: if planted!(self, ProbationTogether) { limit } else { u32::from(self.probation == 0) },
             share,
             shares: shares.iter().map(|(name, room)| (name.clone(), *room)).collect(),
             count_pending: self.settings.until_empty,
@@ -163,7 +168,13 @@ impl Worker {
         match reply {
             Ok(reply) => self.take(&under_way, reply),
             Err(fault) => {
-                if let StoreFault::Unknown { .. } = fault {
+                if planted!(self, ClaimStopsAfterFailure) {
+                    self.claims.at = self.now.after(Duration::from_secs(1_000_000));
+                    self.claims.search_at = self.claims.at;
+                }
+                if planted!(self, UnknownClaimForgotten) {
+                    // No look.
+                } else if let StoreFault::Unknown { .. } = fault {
                     // **P7**: at once, and again for a commit that comes late: the last time but one while what was
                     // granted can still be found and given back, at two tries each, before it runs out.
                     let timing = *self.timing();
@@ -171,9 +182,11 @@ impl Worker {
                     let passed = self.now.since(under_way.sent);
                     let in_time =
                         lease.saturating_sub(passed + timeout * 4 + timing.fence_margin()).max(timeout);
-                    self.claims.owned_at = [lease, in_time, timeout, Duration::ZERO]
-                        .map(|wait| self.now.after(wait))
-                        .into();
+                    self.claims.owned_at =
+                        [lease, in_time, timeout, Duration::ZERO].map(|wait| self.now.after(wait)).into();
+                    if planted!(self, LateClaimForgotten) {
+                        self.claims.owned_at.drain(..2);
+                    }
                 }
                 self.store_failed(StoreCall::Claim, under_way.sent, fault, Vec::new());
             }
@@ -226,7 +239,7 @@ impl Worker {
         for other in &older {
             self.lost(*other);
         }
-        let behind = self.leases_of(key.row).next().is_some();
+        let behind = self.leases_of(key.row).next().is_some() && !planted!(self, BehindIgnored);
         self.destinations.entry(grant.destination.clone()).or_default().held += 1;
         if let Some(cycle) = self.cycles.get_mut(&under_way.request) {
             cycle.outstanding += 1;
@@ -282,9 +295,10 @@ impl Worker {
 
     /// **P10**: for one `L` no expired leases. Not extended, nor begun again before one search was made.
     pub(super) fn embargo(&mut self, cause: EmbargoCause) {
-        if self.claims.searched {
+        if self.claims.searched || planted!(self, EmbargoAlways) {
             self.claims.searched = false;
-            self.claims.embargo_until = self.now.after(self.timing().lease());
+            let length = if planted!(self, EmbargoAlways) { 12 } else { 1 };
+            self.claims.embargo_until = self.now.after(self.timing().lease() * length);
             self.observe(Observation::Embargo(cause));
         }
     }

@@ -39,7 +39,7 @@ impl Worker {
     }
 
     pub(super) fn drain_due_at(&self) -> Option<Moment> {
-        self.drain.as_ref().map(|drain| if drain.aborting { drain.end_at } else { drain.abort_at })
+        self.drain.as_ref().filter(|drain| !(planted!(self, DrainWaits) && drain.aborting)).map(|drain| if drain.aborting { drain.end_at } else { drain.abort_at })
     }
 
     /// `2R` before the timeout: aborts the rest.
@@ -69,7 +69,7 @@ impl Worker {
         let Some(drain) = &self.drain else { return };
         let (aborted, end_at, looked) = (drain.aborted, drain.end_at, drain.looked);
         let done = looked && self.leases.is_empty() && self.claims.idle() && self.claims.owned_checked();
-        if !done && end_at > self.now {
+        if !done && (end_at > self.now || planted!(self, DrainWaits)) {
             return;
         }
         let keys: Vec<LeaseKey> = self.leases.keys().copied().collect();

@@ -12,6 +12,17 @@
 //! fences (rule P4), so that a process that was stopped and continued can't act on a dead lease. Inputs that answer
 //! nothing that was asked are refused with an observation and change nothing; none panics.
 
+/// Whether a mistake is planted: never, unless the feature is on.
+macro_rules! planted {
+    ($worker:expr, $bug:ident) => {{
+        #[cfg(feature = "planted-bugs")]
+        let planted = $worker.settings.planted == Some(crate::machine::Planted::$bug);
+        #[cfg(not(feature = "planted-bugs"))]
+        let planted = false;
+        planted
+    }};
+}
+
 mod claims;
 mod drain;
 mod renewals;
@@ -281,7 +292,7 @@ impl Worker {
             return None;
         }
         let watch = (!self.leases.is_empty()).then(|| self.now.after(self.timing().fence_margin() / 2));
-        let fence = self.fences.first().map(|(confirmed, _)| self.fence_at(*confirmed));
+        let fence = self.fences.first().filter(|_| !planted!(self, FenceNever)).map(|(confirmed, _)| self.fence_at(*confirmed));
         [
             watch,
             fence,
@@ -327,6 +338,9 @@ impl Worker {
 
     /// **P3**: the deadline counts from the send, never from the reply. **P4**: the fence lies `M` before it.
     fn fence_at(&self, confirmed: Moment) -> Moment {
+        if planted!(self, FenceWithoutMargin) {
+            return confirmed.after(self.timing().lease());
+        }
         confirmed.after(self.timing().lease()).before(self.timing().fence_margin())
     }
 
@@ -337,6 +351,9 @@ impl Worker {
 
     /// **P4** self-fence, before anything else at any wake-up.
     fn check_fences(&mut self) {
+        if planted!(self, FenceNever) {
+            return;
+        }
         while let Some(&(confirmed, key)) = self.fences.first()
             && self.fence_at(confirmed) <= self.now
         {
@@ -362,6 +379,10 @@ impl Worker {
     fn stop(&mut self, key: LeaseKey, why: Aborting) {
         let Some(held) = self.leases.get_mut(&key) else { return };
         match held.phase {
+            Phase::Open if planted!(self, FenceReleasesAtOnce) => {
+                self.actions.push_back(Action::Abort { key });
+                self.conclude(key, Outcome::Release { due: None, why: HeartbeatEnd::Fenced });
+            }
             Phase::Open => {
                 held.phase = Phase::Aborting(why);
                 self.fences.remove(&(held.confirmed, key));
@@ -381,6 +402,9 @@ impl Worker {
         if let Some(held) = self.leases.get_mut(&key) {
             held.phase = Phase::Outcome(outcome);
             self.settles.push(key);
+            if planted!(self, OutcomeNotRenewed) {
+                self.end_heartbeat(key, HeartbeatEnd::Settled);
+            }
         }
     }
 

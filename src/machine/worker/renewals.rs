@@ -36,11 +36,14 @@ impl Worker {
     /// A run of statements begins when the oldest lease is three quarters of `H` old, takes all that are at least `H/2`
     /// old, and goes on while statements are full. The last quarter is the slack for a first failed try.
     pub(super) fn renewal_due_at(&self) -> Option<Moment> {
-        if self.renewals.batch.is_some() {
+        if self.renewals.batch.is_some() && !planted!(self, TwoRenewals) {
             return None;
         }
         let (oldest, _) = self.heartbeats.first()?;
         let half = self.timing().heartbeat() / 2;
+        if planted!(self, HeartbeatLate) {
+            return Some(oldest.after(self.timing().lease()).max(self.renewals.retry_at));
+        }
         let age = if self.renewals.more { half } else { half + half / 2 };
         Some(oldest.after(age).max(self.renewals.retry_at))
     }
@@ -61,6 +64,12 @@ impl Worker {
             let half = self.timing().heartbeat() / 2;
             let ripe = self.heartbeats.iter().take_while(|(confirmed, _)| confirmed.after(half) <= self.now);
             let mut keys: Vec<LeaseKey> = ripe.take(STATEMENT_MAX).map(|(_, key)| *key).collect();
+            if planted!(self, QueueNotRenewed) {
+                keys.retain(|key| self.leases.get(key).is_some_and(|held| !matches!(held.phase, Phase::Queued { .. })));
+                if keys.is_empty() {
+                    self.renewals.retry_at = self.now.after(half);
+                }
+            }
             keys.sort_unstable();
             self.renewals.more = keys.len() == STATEMENT_MAX;
             if !keys.is_empty() {
@@ -129,6 +138,9 @@ impl Worker {
                 } else {
                     self.renewals.failures = self.renewals.failures.saturating_add(1);
                     self.renewals.retry_at = self.now.after(self.backoff(self.renewals.failures));
+                    if planted!(self, HeartbeatForgottenOnFailure) {
+                        keys.iter().for_each(|key| self.end_heartbeat(*key, super::super::io::HeartbeatEnd::Lost));
+                    }
                 }
                 self.store_failed(StoreCall::Renew, sent, fault, keys);
             }
@@ -153,7 +165,7 @@ impl Worker {
             (_, Heartbeat::Off) => {}
             (Answer::Applied, _) => {
                 let (before, fenceable) = (held.confirmed, held.can_be_fenced());
-                held.confirmed = before.max(sent);
+                held.confirmed = before.max(if planted!(self, DeadlineFromReply) { self.now } else { sent });
                 held.heartbeat = Heartbeat::Batched { skips: 0 };
                 let confirmed = held.confirmed;
                 self.heartbeats.remove(&(before, key));
@@ -162,11 +174,17 @@ impl Worker {
                     self.fences.remove(&(before, key));
                     self.fences.insert((confirmed, key));
                 }
+                if planted!(self, HeartbeatOnce) {
+                    self.heartbeats.remove(&(confirmed, key));
+                }
             }
             // A settle of this lease landed whose reply is still to come, or is to be asked for again.
             (Answer::Ended | Answer::Refused, _) => self.lost(key),
             (Answer::Skipped, Heartbeat::Batched { skips: 0 }) => {
                 held.heartbeat = Heartbeat::Batched { skips: 1 }
+            }
+            (Answer::Skipped, Heartbeat::Batched { .. }) if planted!(self, AloneNever) => {
+                self.end_heartbeat(key, super::super::io::HeartbeatEnd::Lost);
             }
             (Answer::Skipped, Heartbeat::Batched { .. }) => {
                 held.heartbeat = Heartbeat::Alone;

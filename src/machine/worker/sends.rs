@@ -1,5 +1,7 @@
 //! Starting requests and taking their ends.
 
+use core::time::Duration;
+
 use super::super::id::{DestinationKey, LeaseKey};
 use super::super::io::{Action, AttemptResult, HeartbeatEnd, Observation, SettleKind};
 use super::super::retry::{Judged, Verdict};
@@ -25,7 +27,7 @@ impl Worker {
         if let Some(name) = name
             && let Some(destination) = self.destinations.get_mut(name)
             && !destination.in_ring
-            && destination.open < cap
+            && (destination.open < cap || planted!(self, DestinationUnlimited))
             && !destination.queue.is_empty()
         {
             destination.in_ring = true;
@@ -38,7 +40,7 @@ impl Worker {
         if self.drain.is_some() || self.renewal_overdue() {
             return;
         }
-        while self.open < self.settings.limits().max_in_flight
+        while (self.open < self.settings.limits().max_in_flight || planted!(self, RequestsUnlimited))
             && let Some(name) = self.ring.pop_front()
         {
             let Some(destination) = self.destinations.get_mut(&name) else { continue };
@@ -80,15 +82,65 @@ impl Worker {
     pub(super) fn judge(&self, key: LeaseKey, result: AttemptResult) -> Outcome {
         let (attempts, max_attempts) =
             self.leases.get(&key).map_or((0, u32::MAX), |held| (held.attempts, held.max_attempts));
-        let number = attempts.saturating_add(1);
+        let max_attempts = if planted!(self, RetryBeyondLimit) { u32::MAX } else { max_attempts };
+        let mut number = attempts.saturating_add(1);
+        if planted!(self, FailBeforeLimit) {
+            number += 1;
+        }
+        let result = self.misread(result);
         let judged = Judged { row: key.row, number, max_attempts, db_now: self.db_now() };
         match self.settings.retry().judge(self.settings.seed, judged, result) {
             Verdict::Delivered { status } => Outcome::Delivered { status },
             Verdict::Retry { delay, error, status } => {
+                let delay = self.misjudge(key, delay);
                 Outcome::Retry { due: self.now.after(delay), error, status }
             }
             Verdict::Failed { error, status, tried } => Outcome::Failed { error, status, tried },
         }
+    }
+
+    #[cfg(not(feature = "planted-bugs"))]
+    fn misread(&self, result: AttemptResult) -> AttemptResult {
+        result
+    }
+
+    #[cfg(not(feature = "planted-bugs"))]
+    fn misjudge(&self, _: LeaseKey, delay: Duration) -> Duration {
+        delay
+    }
+
+    /// Planted mistakes in reading a response.
+    #[cfg(feature = "planted-bugs")]
+    fn misread(&self, result: AttemptResult) -> AttemptResult {
+        match result {
+            AttemptResult::Responded { status: 300..=399, retry_after } if planted!(self, RedirectIsSuccess) => {
+                AttemptResult::Responded { status: 200, retry_after }
+            }
+            AttemptResult::Responded { status, .. } if planted!(self, RetryAfterIgnored) => {
+                AttemptResult::Responded { status, retry_after: None }
+            }
+            AttemptResult::Undeliverable { error } if planted!(self, UndeliverableRetried) => {
+                AttemptResult::Errored { error }
+            }
+            result => result,
+        }
+    }
+
+    /// Planted mistakes in delays.
+    #[cfg(feature = "planted-bugs")]
+    fn misjudge(&self, key: LeaseKey, delay: Duration) -> Duration {
+        let (retry, seed) = (self.settings.retry(), self.settings.seed);
+        let number = self.leases.get(&key).map_or(1, |held| held.attempts + 1);
+        if planted!(self, BackoffStuck) && number > 2 {
+            return retry.backoff(seed, key.row, 1);
+        }
+        if planted!(self, BackoffOffByOne) {
+            return delay.max(retry.backoff(seed, key.row, number + 1));
+        }
+        if planted!(self, RetryAfterUncapped) && delay >= retry.retry_after_max && delay > retry.max {
+            return delay * 2;
+        }
+        delay
     }
 
     /// A request was not started, or its socket is closed.

@@ -7,7 +7,7 @@ use super::super::id::{LeaseKey, RequestId};
 use super::super::io::{
     Action, HeartbeatEnd, Observation, SettleKind, SettleReply, SettleRequest, StoreCall, StoreFault,
 };
-use super::super::row::Answer;
+use super::super::row::{Answer, Settle};
 use super::super::time::Moment;
 use super::{Held, Outcome, Phase, STATEMENT_MAX, Worker};
 
@@ -85,7 +85,15 @@ impl Worker {
         });
         keys.sort_unstable();
         let entries = keys.iter().filter_map(|key| match self.leases.get(key) {
-            Some(Held { phase: Phase::Outcome(outcome), .. }) => Some((*key, outcome.settle(self.now))),
+            Some(Held { phase: Phase::Outcome(outcome), .. }) => {
+                let mut settle = outcome.settle(self.now);
+                if planted!(self, SettleDelayRestarts)
+                    && let Settle::Retry { delay, .. } = &mut settle
+                {
+                    *delay += self.timing().heartbeat();
+                }
+                Some((*key, settle))
+            }
             _ => None,
         });
         let settle = SettleRequest { owner: self.id.clone(), entries: entries.collect() };
@@ -135,6 +143,10 @@ impl Worker {
                     StoreFault::Unknown { .. } | StoreFault::NotApplied { .. } => {
                         self.settles.failures = self.settles.failures.saturating_add(1);
                         self.settles.retry_at = self.now.after(self.backoff(self.settles.failures));
+                        if planted!(self, SettleOnce) {
+                            keys.iter().for_each(|key| self.drop_lease(*key, HeartbeatEnd::Settled, None));
+                            return;
+                        }
                         self.settles.halves.push(keys);
                     }
                 }

@@ -1,0 +1,47 @@
+//! Mistakes that can be planted into a worker machine, so that the simulator can show that it finds them. Compiled in
+//! only with the feature `planted-bugs`, which no production build has.
+
+macro_rules! planted {
+    ($($bug:ident,)*) => {
+        /// A mistake of the worker machine.
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+        #[allow(missing_docs, reason = "the simulator's list says what each one is")]
+        pub enum Planted { $($bug,)* }
+    };
+}
+
+planted! {
+    HeartbeatOnce,
+    HeartbeatLate,
+    HeartbeatForgottenOnFailure,
+    QueueNotRenewed,
+    OutcomeNotRenewed,
+    AloneNever,
+    TwoRenewals,
+    DeadlineFromReply,
+    FenceNever,
+    FenceWithoutMargin,
+    FenceReleasesAtOnce,
+    SettleOnce,
+    SettleDelayRestarts,
+    UnknownClaimForgotten,
+    LateClaimForgotten,
+    ClaimStopsAfterFailure,
+    SearchNever,
+    SearchSeldom,
+    EmbargoAlways,
+    LeasesUnlimited,
+    RequestsUnlimited,
+    DestinationUnlimited,
+    BehindIgnored,
+    DrainWaits,
+    RetryBeyondLimit,
+    FailBeforeLimit,
+    RetryAfterIgnored,
+    RetryAfterUncapped,
+    BackoffStuck,
+    BackoffOffByOne,
+    RedirectIsSuccess,
+    UndeliverableRetried,
+    ProbationTogether,
+}

@@ -1,0 +1,541 @@
+//! What only Postgres has: other sessions, locks, poolers, lost connections, and how the rows are stored.
+
+use std::time::Duration;
+
+use leasehold::adapters::postgres::{Postgres, PostgresOptions};
+use leasehold::adapters::store::NewEvent;
+use leasehold::machine::{
+    Answer, ClaimFailure, LeaseKey, RenewRequest, Row as Model, RowId, SettleRequest, Status, StoreFault,
+    Token, WorkerId,
+};
+use leasehold::ports::Outbox;
+use serde_json::Value;
+use sqlx::{AssertSqlSafe, Connection, PgConnection, Row as _};
+
+use crate::bed::{
+    A, Bed, GRACE, LEASE, MAX_PAYLOAD, Pg, delivered, ids, keys, on_postgres, options, renewal,
+};
+
+async fn session(bed: &Pg) -> PgConnection {
+    PgConnection::connect(&bed.url).await.expect("a session")
+}
+
+async fn exec(session: &mut PgConnection, sql: &str) {
+    sqlx::raw_sql(AssertSqlSafe(sql.to_owned())).execute(session).await.expect("a statement");
+}
+
+/// A session that holds a row's lock until it commits.
+async fn locking(bed: &Pg, row: i64) -> PgConnection {
+    let mut other = session(bed).await;
+    exec(&mut other, "begin").await;
+    exec(&mut other, &format!("select from leasehold.outbox_events where id = {row} for update")).await;
+    other
+}
+
+/// Returns once that many sessions wait for a lock.
+async fn until_waiting(bed: &Pg, sessions: i64) {
+    loop {
+        let waiting: i64 = sqlx::query_scalar(
+            "select count(*) from pg_stat_activity where datname = current_database() and wait_event_type = 'Lock'",
+        )
+        .fetch_one(&bed.pool)
+        .await
+        .unwrap();
+        if waiting == sessions {
+            return;
+        }
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+}
+
+fn store(bed: &Pg, options: PostgresOptions) -> Postgres {
+    Postgres::new(&bed.url, options).expect("a store")
+}
+
+#[test]
+fn racing_claims_share_the_rows_and_grant_none_twice() {
+    on_postgres(async |bed| {
+        for _ in 0..200 {
+            bed.due().await;
+        }
+        let racers = (0..4).map(|number| {
+            let store = store(bed, options());
+            let mut request = bed.request(&format!("w{number}"));
+            request.limit = 10;
+            tokio::spawn(async move {
+                let mut taken = Vec::new();
+                for _ in 0..8 {
+                    taken.extend(keys(&store.claim(request.clone()).await.unwrap()));
+                }
+                taken
+            })
+        });
+        let mut taken: Vec<LeaseKey> = Vec::new();
+        for racer in racers.collect::<Vec<_>>() {
+            taken.extend(racer.await.unwrap());
+        }
+        // What racers skipped in the end.
+        taken.extend(bed.take("last").await);
+        taken.extend(bed.take("last").await);
+        let mut rows: Vec<i64> = taken.iter().map(|key| key.row.0).collect();
+        rows.sort_unstable();
+        assert_eq!(rows, bed.rows().await.iter().map(|stored| stored.id).collect::<Vec<_>>());
+        for stored in bed.rows().await {
+            let key = LeaseKey { row: RowId(stored.id), token: stored.row.token };
+            assert!(taken.contains(&key), "the row's token is the one that was granted");
+        }
+    });
+}
+
+#[test]
+fn locked_rows_are_skipped_and_hold_up_no_others() {
+    on_postgres(async |bed| {
+        for _ in 0..3 {
+            bed.due().await;
+        }
+        let mut taken = bed.take("w").await;
+        taken.sort();
+        bed.pass(Duration::from_secs(1)).await;
+        let mut other = locking(bed, taken[1].row.0).await;
+        let expected =
+            [(taken[0], Answer::Applied), (taken[1], Answer::Skipped), (taken[2], Answer::Applied)];
+
+        let before = bed.row(taken[1].row.0).await;
+        let mut answers = bed.store().renew(renewal("w", taken.clone())).await.unwrap().answers;
+        answers.sort();
+        assert_eq!(answers, expected);
+        let entries = taken.iter().map(|key| (*key, delivered())).collect();
+        let request = SettleRequest { owner: WorkerId::new("w"), entries };
+        let mut answers = bed.store().settle(request).await.unwrap().answers;
+        answers.sort();
+        assert_eq!(answers, expected);
+        exec(&mut other, "commit").await;
+        assert_eq!(bed.row(taken[1].row.0).await, before);
+        assert_eq!(bed.settle("w", taken[1], delivered()).await, Answer::Applied);
+    });
+}
+
+#[test]
+fn a_waiting_renewal_waits_and_takes_the_late_clock() {
+    on_postgres(async |bed| {
+        bed.due().await;
+        let lease = bed.take("w").await[0];
+        let mut other = locking(bed, lease.row.0).await;
+        let request = RenewRequest { wait: true, ..renewal("w", vec![lease]) };
+        let (reply, later) = tokio::join!(bed.store().renew(request), async {
+            until_waiting(bed, 1).await;
+            // The statement began long ago, by the clock: only the late one has moved.
+            let early = bed.now();
+            let late = early.after(Duration::from_secs(9));
+            bed.set_clocks(early, late).await;
+            exec(&mut other, "commit").await;
+            late
+        });
+        let reply = reply.unwrap();
+        assert_eq!((reply.db_now, reply.answers), (later, vec![(lease, Answer::Applied)]));
+        assert_eq!(bed.row(lease.row.0).await.lease.unwrap().until, later.after(LEASE));
+    });
+}
+
+#[test]
+fn a_waiting_renewal_sees_what_the_lock_holder_did() {
+    on_postgres(async |bed| {
+        bed.due().await;
+        let lease = bed.take("w").await[0];
+        let mut other = locking(bed, lease.row.0).await;
+        exec(
+            &mut other,
+            "update leasehold.outbox_events set lease_owner = 'other', lease_token = lease_token + 1",
+        )
+        .await;
+        let before_commit = async {
+            until_waiting(bed, 1).await;
+            exec(&mut other, "commit").await;
+        };
+        let request = RenewRequest { wait: true, ..renewal("w", vec![lease]) };
+        let (reply, ()) = tokio::join!(bed.store().renew(request), before_commit);
+        assert_eq!(reply.unwrap().answers, [(lease, Answer::Refused)]);
+        assert_eq!(bed.row(lease.row.0).await.lease.unwrap().owner, WorkerId::new("other"));
+    });
+}
+
+#[test]
+fn a_claim_that_commits_late_keeps_its_rows_to_itself() {
+    on_postgres(async |bed| {
+        let rows = [bed.due().await, bed.due().await];
+        let mut late = session(bed).await;
+        exec(&mut late, "begin").await;
+        let claimed: Vec<i64> = claim_query(bed, "late", 1)
+            .fetch_all(&mut late)
+            .await
+            .unwrap()
+            .iter()
+            .map(|row| row.get("id"))
+            .collect();
+        assert_eq!(claimed, [rows[0]]);
+        // Its claim isn't committed: the row is left out, and what is free is taken.
+        assert_eq!(ids(&bed.claim(bed.request("w")).await), [rows[1]]);
+        assert!(bed.take("w").await.is_empty());
+        exec(&mut late, "commit").await;
+        assert!(bed.take("w").await.is_empty());
+        assert_eq!(bed.owned("late").await.len(), 1);
+        // The lease counts from the claim's late clock, not from the commit.
+        bed.pass(LEASE + GRACE).await;
+        assert_eq!(bed.take("w").await.len(), 2);
+    });
+}
+
+#[test]
+fn early_compares_and_late_grants() {
+    on_postgres(async |bed| {
+        let row = bed.due().await;
+        let early = bed.now();
+        let late = early.after(Duration::from_secs(5));
+        let between = bed.insert(A, "{}", &Model::new(20, early.after(Duration::from_secs(1)))).await;
+        bed.set_clocks(early, late).await;
+        let claimed = bed.claim(bed.request("w")).await;
+        assert_eq!(ids(&claimed), [row], "not due by the early clock");
+        assert_eq!(claimed.reply.db_now, late);
+        let model = bed.row(row).await;
+        assert_eq!(model.lease.unwrap().until, late.after(LEASE));
+        assert_eq!(model.token.0, late.as_millis());
+        bed.set_clock(late).await;
+        assert_eq!(ids(&bed.claim(bed.request("w")).await), [between]);
+        // Expiry goes by the early clock as well.
+        bed.set_clocks(late.after(LEASE + GRACE - Duration::from_micros(1)), late.after(LEASE * 3)).await;
+        assert!(bed.take("other").await.is_empty());
+    });
+}
+
+#[test]
+fn everything_works_without_session_state() {
+    on_postgres(async |bed| {
+        let store = store(bed, PostgresOptions { prepared_statements: false, ..options() });
+        let row = bed.due().await;
+        bed.due().await;
+        let claimed = store.claim(bed.request("w")).await.unwrap();
+        assert_eq!(claimed.reply.grants.len(), 2);
+        let lease = claimed.reply.grants[0].key;
+        assert_eq!(lease.row.0, row);
+        let answers = store.renew(renewal("w", vec![lease])).await.unwrap().answers;
+        assert_eq!(answers, [(lease, Answer::Applied)]);
+        let entries = vec![(lease, delivered())];
+        let settled = store.settle(SettleRequest { owner: WorkerId::new("w"), entries }).await.unwrap();
+        assert_eq!(settled.answers, [(lease, Answer::Applied)]);
+        assert_eq!(store.leases_of(WorkerId::new("w")).await.unwrap().len(), 1);
+        assert_eq!(store.status().await.unwrap().delivered, 1);
+        store.migrate().await.unwrap();
+        // Nothing that a pooler can't carry: no prepared statement is left on any connection.
+        let sql = "select count(*) from pg_prepared_statements";
+        let left: i64 =
+            sqlx::query_scalar(sql).persistent(false).fetch_one(&mut session(bed).await).await.unwrap();
+        assert_eq!(left, 0);
+    });
+}
+
+#[test]
+fn enqueue_wakes_a_listener() {
+    on_postgres(async |bed| {
+        let listener = bed.again().await;
+        let listening = tokio::spawn(async move { listener.hint().await });
+        loop {
+            let sql = "select count(*) from pg_stat_activity where datname = current_database()
+                 and query ilike 'listen%' and state = 'idle'";
+            let count: i64 = sqlx::query_scalar(sql).fetch_one(&bed.pool).await.unwrap();
+            if count > 0 {
+                break;
+            }
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        assert!(!listening.is_finished());
+        let event = NewEvent {
+            event_id: None,
+            event_type: "t".into(),
+            destination_url: A.into(),
+            payload: "{}".into(),
+            max_attempts: None,
+            next_attempt_at: None,
+        };
+        bed.enqueue(&[event]).await.unwrap();
+        tokio::time::timeout(Duration::from_secs(60), listening).await.expect("a wake-up").unwrap();
+    });
+}
+
+async fn sessions_of_the_store(bed: &Pg) -> Vec<i32> {
+    let sql = "select pid from pg_stat_activity where datname = current_database() and application_name = 'leasehold'
+        order by pid";
+    sqlx::query_scalar(sql).fetch_all(&bed.pool).await.unwrap()
+}
+
+#[test]
+fn a_dropped_call_closes_its_connection() {
+    on_postgres(async |bed| {
+        bed.due().await;
+        let lease = bed.take("w").await[0];
+        let mut other = locking(bed, lease.row.0).await;
+        let request = RenewRequest { wait: true, ..renewal("w", vec![lease]) };
+        let waiting_pid: i32 = tokio::select! {
+            reply = bed.store().renew(request) => panic!("the row is locked: {reply:?}"),
+            pid = async {
+                until_waiting(bed, 1).await;
+                let sql = "select pid from pg_stat_activity where datname = current_database()
+                     and wait_event_type = 'Lock'";
+                sqlx::query_scalar(sql).fetch_one(&bed.pool).await.unwrap()
+            } => pid,
+        };
+        // While the abandoned statement still waits, renewals go on, by another connection.
+        assert_eq!(bed.renew("w", lease).await, Answer::Skipped);
+        exec(&mut other, "commit").await;
+        while sessions_of_the_store(bed).await.contains(&waiting_pid) {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        assert_eq!(bed.renew("w", lease).await, Answer::Applied);
+    });
+}
+
+#[test]
+fn time_outs_of_the_server_are_not_applied() {
+    on_postgres(async |bed| {
+        bed.due().await;
+        let lease = bed.take("w").await[0];
+        let request = RenewRequest { wait: true, ..renewal("w", vec![lease]) };
+        for prepared_statements in [true, false] {
+            let store_timeout = Duration::from_millis(300);
+            let short = store(bed, PostgresOptions { store_timeout, prepared_statements, ..options() });
+            let mut other = locking(bed, lease.row.0).await;
+            let fault = short.renew(request.clone()).await.expect_err("the row is locked");
+            assert!(matches!(fault, StoreFault::NotApplied { .. }), "{fault:?}");
+            exec(&mut other, "commit").await;
+        }
+        bed.run(&format!("alter database {} set lock_timeout = '100ms'", bed.database)).await.unwrap();
+        let with_lock_timeout = bed.again().await;
+        let mut other = locking(bed, lease.row.0).await;
+        let fault = with_lock_timeout.renew(request.clone()).await.expect_err("the row is locked");
+        assert!(
+            matches!(&fault, StoreFault::NotApplied { error } if error.starts_with("55P03")),
+            "{fault:?}"
+        );
+        exec(&mut other, "commit").await;
+        let answers = with_lock_timeout.renew(request).await.unwrap().answers;
+        assert_eq!(answers, [(lease, Answer::Applied)]);
+    });
+}
+
+#[test]
+fn a_lost_connection_costs_one_call_at_most() {
+    on_postgres(async |bed| {
+        bed.due().await;
+        let lease = bed.take("w").await[0];
+        bed.renew("w", lease).await;
+        let before = sessions_of_the_store(bed).await;
+        assert!(!before.is_empty());
+        bed.run(
+            "select pg_terminate_backend(pid, 60000) from pg_stat_activity
+             where datname = current_database() and application_name = 'leasehold'",
+        )
+        .await
+        .unwrap();
+        // Each pooled connection may cost one call, whose outcome is not known.
+        for _ in 0..before.len() {
+            if let Err(fault) = bed.store().renew(renewal("w", vec![lease])).await {
+                assert!(matches!(fault, StoreFault::Unknown { .. }), "{fault:?}");
+            }
+            if let Err(fault) = bed.store().claim(bed.request("w")).await {
+                assert!(matches!(fault, StoreFault::Unknown { .. }), "{fault:?}");
+            }
+        }
+        assert_eq!(bed.renew("w", lease).await, Answer::Applied);
+        assert_eq!(bed.settle("w", lease, delivered()).await, Answer::Applied);
+    });
+}
+
+#[test]
+fn no_server_is_not_applied() {
+    on_postgres(async |bed| {
+        let mut url = url::Url::parse(&bed.url).unwrap();
+        url.set_path("leasehold_no_such_database");
+        let store = Postgres::new(url.as_str(), options()).unwrap();
+        let fault = store.claim(bed.request("w")).await.expect_err("no such database");
+        assert!(matches!(fault, StoreFault::NotApplied { .. }), "{fault:?}");
+    });
+}
+
+// ---- storage
+
+#[test]
+fn heartbeats_are_hot() {
+    on_postgres(async |bed| {
+        // Leased as they are inserted, and few of each page renewed: whatever other sessions keep from being pruned,
+        // the free part of the page holds all versions.
+        let mut taken = Vec::new();
+        for number in 0..200 {
+            let lease = crate::bed::leased("w", bed.now());
+            let row = Model { lease, token: Token(1), ..Model::new(20, bed.now()) };
+            let id = bed.insert(A, "{}", &row).await;
+            if number % 10 == 0 {
+                taken.push(crate::bed::key(id, Token(1)));
+            }
+        }
+        // A store of its own: a session that ends has its counts flushed.
+        let renewer = bed.again().await;
+        for _ in 0..5 {
+            bed.pass(Duration::from_secs(5)).await;
+            let answers = renewer.renew(renewal("w", taken.clone())).await.unwrap().answers;
+            assert!(answers.iter().all(|(_, answer)| *answer == Answer::Applied));
+        }
+        drop(renewer);
+        let (updated, hot) = loop {
+            let sql =
+                "select n_tup_upd, n_tup_hot_upd from pg_stat_user_tables where relname = 'outbox_events'";
+            let seen: (i64, i64) = sqlx::query_as(sql).fetch_one(&bed.pool).await.unwrap();
+            if seen.0 >= 100 {
+                break seen;
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        };
+        assert_eq!((updated, hot), (100, 100), "every renewal writes its row once, and is HOT");
+    });
+}
+
+#[test]
+fn no_index_names_what_a_heartbeat_writes() {
+    on_postgres(async |bed| {
+        let sql =
+            "select indexdef from pg_indexes where schemaname = 'leasehold' and tablename = 'outbox_events'";
+        let indexes: Vec<String> = sqlx::query_scalar(sql).fetch_all(&bed.pool).await.unwrap();
+        assert!(indexes.len() >= 4);
+        for index in indexes {
+            assert!(!index.contains("lease_until") && !index.contains("updated_at"), "{index}");
+        }
+    });
+}
+
+const CLAIM: &str = include_str!("../../src/adapters/postgres/claim.sql");
+
+fn claim_arguments<'q>(
+    query: sqlx::query::Query<'q, sqlx::Postgres, sqlx::postgres::PgArguments>,
+    bed: &Pg,
+    owner: &str,
+    limit: i32,
+) -> sqlx::query::Query<'q, sqlx::Postgres, sqlx::postgres::PgArguments> {
+    query
+        .bind(owner.to_owned())
+        .bind(i64::try_from(LEASE.as_micros()).unwrap())
+        .bind(i64::try_from(GRACE.as_micros()).unwrap())
+        .bind(false)
+        .bind(Some(bed.incarnation().as_str().to_owned()))
+        .bind(100_i32)
+        .bind(0_i32)
+        .bind(limit)
+        .bind(1_i32)
+        .bind(1_000_i32)
+        .bind(Vec::<String>::new())
+        .bind(Vec::<i32>::new())
+        .bind(i64::try_from(MAX_PAYLOAD).unwrap())
+        .bind(8_i64 * 1024 * 1024)
+        .bind(false)
+        .bind(ClaimFailure::AttemptsSpent.last_error())
+        .bind(ClaimFailure::ReclaimsSpent.last_error())
+}
+
+fn claim_query(
+    bed: &Pg,
+    owner: &str,
+    limit: i32,
+) -> sqlx::query::Query<'static, sqlx::Postgres, sqlx::postgres::PgArguments> {
+    claim_arguments(sqlx::query(CLAIM), bed, owner, limit)
+}
+
+/// Thousands of delivered, leased and future rows; a few that are due.
+async fn fill(bed: &Pg) {
+    bed.run(
+        "insert into leasehold.outbox_events (event_type, destination_url, payload, delivery_status, next_attempt_at,
+             lease_owner, lease_until, lease_token)
+         select 't', 'https://h' || n % 50 || '.example/x', '{}',
+             case when n % 3 = 0 then 'delivered' else 'pending' end,
+             leasehold.early_now() + case when n % 3 = 2 then interval '1 day' else interval '-1 minute' end,
+             case when n % 3 = 1 then 'other' end, case when n % 3 = 1 then leasehold.early_now() + interval '1 hour' end,
+             1
+         from generate_series(1, 15000) as n",
+    )
+    .await
+    .unwrap();
+    for _ in 0..20 {
+        bed.due().await;
+    }
+}
+
+fn nodes<'a>(plan: &'a Value, into: &mut Vec<&'a Value>) {
+    into.push(plan);
+    for child in plan["Plans"].as_array().into_iter().flatten() {
+        nodes(child, into);
+    }
+}
+
+async fn assert_the_claim_touches_only_what_it_takes(bed: &Pg) {
+    // More than is due, so that it must end at what is due and not at its limit.
+    let sql = format!("explain (analyze, buffers, format json) {CLAIM}");
+    let query = claim_arguments(sqlx::query(AssertSqlSafe(sql)), bed, "w", 30);
+    let plan: Value = query
+        .fetch_one(&bed.pool)
+        .await
+        .unwrap()
+        .try_get_unchecked::<String, _>(0)
+        .map(|text| serde_json::from_str(&text).expect("JSON"))
+        .unwrap();
+    let root = &plan[0]["Plan"];
+    let mut all = Vec::new();
+    nodes(root, &mut all);
+    for node in &all {
+        let kind = node["Node Type"].as_str().unwrap();
+        if node["Relation Name"] == "outbox_events" {
+            assert!(kind != "Seq Scan" || node["Actual Loops"] == 0, "{node:#}");
+            for removed in ["Rows Removed by Filter", "Rows Removed by Index Recheck"] {
+                assert_eq!(node[removed].as_f64().unwrap_or(0.0), 0.0, "{removed}: {node:#}");
+            }
+        }
+    }
+    let updated = all.iter().find(|node| node["Node Type"] == "ModifyTable").expect("an update");
+    assert_eq!(updated["Actual Rows"].as_f64(), Some(20.0));
+    let buffers = |name: &str| root[name].as_f64().unwrap();
+    let touched = buffers("Shared Hit Blocks") + buffers("Shared Read Blocks");
+    // 20 rows through 6 indexes; the table alone has far more than this in pages and hundreds of times in rows.
+    assert!(touched < 2_000.0, "{touched} buffers");
+}
+
+#[test]
+fn a_claim_touches_only_what_it_takes() {
+    on_postgres(async |bed| {
+        fill(bed).await;
+        bed.run("analyze leasehold.outbox_events").await.unwrap();
+        assert_the_claim_touches_only_what_it_takes(bed).await;
+    });
+}
+
+#[test]
+fn a_claim_touches_only_what_it_takes_without_statistics() {
+    on_postgres(async |bed| {
+        bed.run("alter table leasehold.outbox_events set (autovacuum_enabled = off)").await.unwrap();
+        fill(bed).await;
+        assert_the_claim_touches_only_what_it_takes(bed).await;
+    });
+}
+
+#[test]
+fn a_delivered_event_stays_delivered_for_every_session() {
+    on_postgres(async |bed| {
+        bed.due().await;
+        let lease = bed.take("w").await[0];
+        // Two sessions settle the same lease at once: one applies, the other finds it ended or locked.
+        let settle = |store: Postgres| async move {
+            let entries = vec![(lease, delivered())];
+            store.settle(SettleRequest { owner: WorkerId::new("w"), entries }).await.unwrap().answers[0].1
+        };
+        let (one, two) = tokio::join!(settle(bed.again().await), settle(bed.again().await));
+        let mut answers = [one, two];
+        answers.sort();
+        assert!(answers[0] == Answer::Applied && answers[1] != Answer::Applied, "{answers:?}");
+        let row = bed.row(lease.row.0).await;
+        assert_eq!((row.status, row.attempts), (Status::Delivered, 1));
+    });
+}
