@@ -195,6 +195,12 @@ impl Sender {
                 exchange.opened.store(false, Ordering::Relaxed);
                 let _ = timeout(self.request_timeout, respond(&exchange, request, known)).await;
             }
+            // It may have been stopped at its first byte.
+            future::poll_fn(|context| match lock(&self.hub).gated(self.worker, context) {
+                true => Poll::Pending,
+                false => Poll::Ready(()),
+            })
+            .await;
             std::mem::forget(abort);
             end = exchange.end.get().copied().unwrap_or(End::Error);
         }
