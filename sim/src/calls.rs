@@ -4,7 +4,7 @@ use leasehold::machine::{Input, RequestId, StoreFault};
 use sim_oracle::{Fact, Lane};
 
 use crate::process::Item;
-use crate::store::{Ask, Reply, Statement};
+use crate::statement::{Ask, Reply, Statement};
 use crate::world::{Call, Happening, World};
 
 impl World<'_> {

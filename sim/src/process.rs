@@ -6,7 +6,7 @@ use leasehold::machine::{Action, AttemptResult, Input, LeaseKey, Moment, StoreFa
 use sim_oracle::{Down, End, Fact, LocalClock};
 
 use crate::bugs::Bug;
-use crate::store::{Ask, Reply};
+use crate::statement::{Ask, Reply};
 use crate::world::{Happening, World};
 
 /// Something that a process's driver does, at once or when the process goes on.
@@ -289,7 +289,7 @@ impl World<'_> {
         }
         process.machine.handle(now, input);
         process.inputs += 1;
-        if self.options.bug.is_none() && process.inputs % self.options.check_machines_every == 0 {
+        if self.options.bug.is_none() && process.inputs.is_multiple_of(self.options.check_machines_every) {
             process.machine.assert_invariants();
         }
         while process.machine.poll_observation().is_some() {}

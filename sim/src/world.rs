@@ -10,7 +10,8 @@ use crate::bugs::{Bug, Place};
 use crate::process::{Item, Process, Request};
 use crate::rng::Rng;
 use crate::schedule::{Fault, Manner, Schedule};
-use crate::store::{Reply, Statement, Store};
+use crate::statement::{Reply, Statement};
+use crate::store::Store;
 use crate::trace::Trace;
 
 /// What the database's clock shows when a run begins.
