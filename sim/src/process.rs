@@ -183,7 +183,7 @@ impl World<'_> {
                 let (Some(arrived), false) = (book.arrived, book.done) else { return };
                 book.done = true;
                 if let Some(reply) = book.reply.take() {
-                    self.answered(worker, call, arrived, reply);
+                    self.answered(worker, call, arrived, *reply);
                 }
             }
             Item::TimedOut(call) => {
@@ -192,16 +192,10 @@ impl World<'_> {
                     return;
                 }
                 book.done = true;
-                let (request, statement) = (book.request, book.statement);
-                let input = match self.options.bug {
-                    Some(Bug::TimeoutUnreported) => None,
-                    _ => {
-                        self.statement_input(statement, request, StoreFault::Unknown { error: String::new() })
-                    }
-                };
                 self.give_up(call);
                 self.emit(Fact::CallFailed { worker, call });
-                if let Some(input) = input {
+                if self.options.bug != Some(Bug::TimeoutUnreported) {
+                    let input = self.fault_input(call, StoreFault::Unknown { error: String::new() });
                     self.input(worker, input);
                 }
             }
@@ -256,7 +250,7 @@ impl World<'_> {
     }
 
     fn answered(&mut self, worker: u32, call: u32, arrived: u64, reply: Reply) {
-        let (request, statement) = (self.calls[call as usize].request, self.calls[call as usize].statement);
+        let request = self.calls[call as usize].request;
         let fault = match reply {
             Reply::NotApplied => Some(StoreFault::NotApplied { error: String::new() }),
             Reply::Permanent => Some(StoreFault::Permanent { error: String::new() }),
@@ -269,9 +263,8 @@ impl World<'_> {
             } else {
                 self.emit(Fact::CallFailed { worker, call });
             }
-            if let Some(input) = self.statement_input(statement, request, fault) {
-                self.input(worker, input);
-            }
+            let input = self.fault_input(call, fault);
+            self.input(worker, input);
             return;
         }
         self.emit(Fact::CallAnswered { worker, call, arrived });

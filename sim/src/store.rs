@@ -34,6 +34,13 @@ pub(crate) struct Meta {
     pub(crate) exists: bool,
 }
 
+/// When a statement began and when it had its locks.
+#[derive(Clone, Copy)]
+struct View {
+    began: u64,
+    locked: u64,
+}
+
 /// See the module's documentation.
 #[derive(Debug)]
 pub(crate) struct Store {
@@ -109,8 +116,8 @@ impl Store {
         statement.locked = now;
         match &statement.ask {
             Ask::Claim(request) => {
-                let request = request.clone();
-                self.select(id, statement, &request);
+                let view = View { began: statement.began, locked: statement.locked };
+                statement.searched = self.select(id, view, &mut statement.rows, request);
             }
             Ask::Renew(request) => {
                 if request.wait
@@ -140,15 +147,16 @@ impl Store {
         }
     }
 
-    fn select(&mut self, id: u32, statement: &mut Statement, request: &ClaimRequest) {
-        let early = self.db(statement.began);
-        let seen = if self.has(Bug::ClaimLateClock) { self.db(statement.locked + 50_000) } else { early };
-        let up_for = statement.began.saturating_sub(self.booted);
+    /// Picks and locks the rows of a claim. Answers whether expired leases were among those looked at.
+    fn select(&mut self, id: u32, view: View, rows: &mut Vec<u32>, request: &ClaimRequest) -> bool {
+        let early = self.db(view.began);
+        let seen = if self.has(Bug::ClaimLateClock) { self.db(view.locked + 50_000) } else { early };
+        let up_for = view.began.saturating_sub(self.booted);
         let long_up = self.booted == 0 || Duration::from_micros(up_for) >= request.terms.lease;
         let known = request.incarnation.as_ref() == Some(&self.incarnation);
-        statement.searched = request.terms.expired && long_up && known;
+        let searched = request.terms.expired && long_up && known;
         let mut terms = request.terms;
-        terms.expired = statement.searched && !self.has(Bug::NeverReclaim);
+        terms.expired = searched && !self.has(Bug::NeverReclaim);
         if self.has(Bug::GraceIgnored) {
             terms.grace = Duration::ZERO;
         }
@@ -189,7 +197,7 @@ impl Store {
         }
         let mut probation = request.probation;
         for &(_, _, row) in &candidates {
-            if statement.rows.len() >= request.limit as usize {
+            if rows.len() >= request.limit as usize {
                 break;
             }
             let meta = &mut self.meta[row as usize];
@@ -203,9 +211,10 @@ impl Store {
             if bug != Some(Bug::DoubleClaim) {
                 meta.lock = Lock::Statement(id);
             }
-            statement.rows.push(row);
+            rows.push(row);
         }
         self.candidates = candidates;
+        searched
     }
 
     /// Whether the statement would be refused for good: it settles a cursed row.
