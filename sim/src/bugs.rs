@@ -75,6 +75,7 @@ bugs! {
     DoubleClaim, Place::Store, S1, 1000, "the claim does not lock what it takes";
     ClaimTerminal, Place::Store, S7, 1000, "the claim does not look at the status";
     NeverReclaim, Place::Store, L1, 200, "expired leases are never taken";
+    RetiredFailed, Place::Store, S8, 200, "retention deletes failed events that nobody asked it to";
     LostRow, Place::Store, S8, 1000, "a settle that fails an event deletes its row";
     ClaimIgnoresShare, Place::Store, S9, 1000, "the claim does not look at shares";
     StartUnchecked, Place::Driver, S3, 5000, "a start is not compared with its fence";
@@ -96,10 +97,12 @@ bugs! {
     SettleOnce, Place::Machine(Planted::SettleOnce), S2, 2000, "an outcome whose settle failed is dropped";
     SettleDelayRestarts, Place::Machine(Planted::SettleDelayRestarts), S6, 500, "the delay that is sent is too long by H";
     UnknownClaimForgotten, Place::Machine(Planted::UnknownClaimForgotten), S2, 2000, "after an unknown claim nothing is looked for";
+    LateLookAtLease, Place::Machine(Planted::LateLookAtLease), S2, 5000, "after an unknown claim the looks are at once, after R and after L";
     LateClaimForgotten, Place::Machine(Planted::LateClaimForgotten), S2, 5000, "after an unknown claim there are two looks, soon";
     ClaimStopsAfterFailure, Place::Machine(Planted::ClaimStopsAfterFailure), L1, 2000, "a failed claim is the last one";
     SearchNever, Place::Machine(Planted::SearchNever), L1, 2000, "no worker ever searches for expired leases";
     SearchSeldom, Place::Machine(Planted::SearchSeldom), L2, 5000, "expired leases are searched for every 4 L";
+    PollSeldom, Place::Machine(Planted::PollSeldom), L3, 500, "the outbox is polled every 40 intervals";
     EmbargoAlways, Place::Machine(Planted::EmbargoAlways), L2, 5000, "an embargo lasts 12 L and is begun again at every failure";
     LeasesUnlimited, Place::Machine(Planted::LeasesUnlimited), S9, 500, "a worker asks for more leases than it may hold";
     RequestsUnlimited, Place::Machine(Planted::RequestsUnlimited), S9, 500, "a worker opens more requests than it may";

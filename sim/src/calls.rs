@@ -4,7 +4,7 @@ use leasehold::machine::{Input, RequestId, StoreFault};
 use sim_oracle::{Fact, Lane};
 
 use crate::process::Item;
-use crate::store::{Ask, Reply, Statement};
+use crate::statement::{Ask, Reply, Statement};
 use crate::world::{Call, Happening, World};
 
 impl World<'_> {
@@ -25,17 +25,17 @@ impl World<'_> {
             Ask::Settle(_) => Lane::Settle,
         };
         let statement = self.statements.len() as u32;
-        self.calls.push(Call { worker, request, done: false, arrived: None, reply: None, statement });
+        self.calls.push(Call { worker, request, done: false, arrived: None, reply: None, lane, statement });
         self.emit(Fact::CallSent { worker, call, lane });
         let slot = self.processes[worker as usize].slot;
         let timeout = self.schedule.settings[self.schedule.slots[slot].settings].store_timeout;
         let copy = self.net.rarely(self.weather.duplicate) && matches!(lane, Lane::Renew | Lane::Settle);
         let copy = copy.then(|| ask.clone());
-        self.statements.push(Some(Statement::new(call, worker, ask)));
+        self.statements.push(Some(Box::new(Statement::new(call, worker, ask))));
         self.after(timeout, Happening::Driver(worker, Item::TimedOut(call)));
         self.send_statement(slot, statement);
         if let Some(ask) = copy {
-            self.statements.push(Some(Statement::new(call, worker, ask)));
+            self.statements.push(Some(Box::new(Statement::new(call, worker, ask))));
             self.send_statement(slot, statement + 1);
         }
     }
@@ -47,21 +47,15 @@ impl World<'_> {
         }
     }
 
-    /// A fault as the input that answers a statement's question.
-    pub(crate) fn statement_input(
-        &self,
-        statement: u32,
-        request: RequestId,
-        fault: StoreFault,
-    ) -> Option<Input> {
-        // What was asked is still known: a statement is dropped after its commit only, and the call then has a reply.
-        let kind = self.statements[statement as usize].as_ref().map(|statement| &statement.ask)?;
-        Some(match kind {
-            Ask::Claim(_) => Input::Claimed { request, reply: Err(fault) },
-            Ask::Renew(_) => Input::Renewed { request, reply: Err(fault) },
-            Ask::Settle(_) => Input::Settled { request, reply: Err(fault) },
-            Ask::Owned(_) => Input::Owned { request, reply: Err(fault) },
-        })
+    /// A fault as the input that answers a call's question.
+    pub(crate) fn fault_input(&self, call: u32, fault: StoreFault) -> Input {
+        let Call { request, lane, .. } = self.calls[call as usize];
+        match lane {
+            Lane::Claim => Input::Claimed { request, reply: Err(fault) },
+            Lane::Owned => Input::Owned { request, reply: Err(fault) },
+            Lane::Renew | Lane::RenewAlone => Input::Renewed { request, reply: Err(fault) },
+            Lane::Settle => Input::Settled { request, reply: Err(fault) },
+        }
     }
 
     /// The client gave a call up: it closes the connection and has the server cancel the statement where it can.
@@ -142,24 +136,14 @@ impl World<'_> {
                     self.emit(Fact::SettleImpossible { worker: statement.worker, event, token });
                 }
             }
-            self.statements[id as usize] = Some(statement);
             return self.reply(call, reply);
         }
         let reply = self.store.commit(&statement, self.now, &mut self.facts);
         let next = self.store.finish(id, &statement);
         self.emit_store_facts();
         self.go_on(next);
-        // The statement stays until its call is over, so that a late time-out still knows what it had asked.
-        self.statements[id as usize] = Some(statement);
-        self.mark_committed(id);
         if !self.chance.rarely(self.weather.lost_reply) {
             self.reply(call, reply);
-        }
-    }
-
-    fn mark_committed(&mut self, id: u32) {
-        if let Some(statement) = &mut self.statements[id as usize] {
-            statement.epoch = u32::MAX;
         }
     }
 
@@ -186,7 +170,7 @@ impl World<'_> {
             return;
         }
         let twice = self.net.rarely(self.weather.duplicate);
-        book.reply = Some(reply);
+        book.reply = Some(Box::new(reply));
         self.after(delay, Happening::ReplyArrives(call));
         if twice {
             self.after(delay + 1_000, Happening::ReplyArrives(call));
@@ -201,11 +185,9 @@ impl World<'_> {
         if book.done {
             // The connection was given up, or this is a duplicate: the machine is told something it never asked.
             if book.arrived.is_some() && book.reply.is_none() {
-                let request = book.request;
                 let fault = StoreFault::NotApplied { error: String::new() };
-                if let Some(input) = self.statement_input(self.calls[call as usize].statement, request, fault)
-                    && self.processes[worker as usize].stops == 0
-                {
+                if self.processes[worker as usize].stops == 0 {
+                    let input = self.fault_input(call, fault);
                     self.input(worker, input);
                 }
             }

@@ -266,7 +266,7 @@ impl State {
                 continue;
             }
             let tick = self.tick;
-            let (due, waiting) = self.processes[who].lost.drain(..).partition(|(sent, _)| sent + 1 <= tick);
+            let (due, waiting) = self.processes[who].lost.drain(..).partition(|(sent, _)| *sent < tick);
             self.processes[who].lost = waiting;
             // A stopped process checks its fences first, whatever else has come due.
             self.give(who, Input::Wake);

@@ -4,18 +4,22 @@
 //! no async runtime, thousands of seeds a second. A seed and a profile make a [`Schedule`]; a run is a pure function of
 //! the schedule.
 #![forbid(unsafe_code)]
+#![deny(clippy::disallowed_methods, clippy::disallowed_types)]
 
 pub mod bugs;
 mod calls;
 pub mod check;
 mod faults;
 mod generate;
+mod plain;
 mod process;
 mod requests;
 mod rng;
 pub mod schedule;
 pub mod search;
+mod server;
 pub mod shrink;
+mod statement;
 mod store;
 pub mod story;
 pub mod timeline;

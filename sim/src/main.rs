@@ -6,6 +6,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 use sim::bugs::{Bug, Place};
+use sim::schedule::Case;
 use sim::search::{Found, Plan, Report, search};
 use sim::shrink::shrink;
 use sim::{Options, Profile, Schedule, Tier};
@@ -40,6 +41,9 @@ enum Command {
         /// Stop after so many failures.
         #[arg(long, default_value_t = 20)]
         enough: usize,
+        /// Plant a bug.
+        #[arg(long)]
+        bug: Option<String>,
     },
     /// Run one seed, or a schedule from a file.
     Replay {
@@ -131,7 +135,8 @@ fn load(what: &str, profile: Option<Profile>) -> Result<Schedule, String> {
         return Ok(sim::generate(seed, profile.unwrap_or_else(|| sim::profile_of(seed))));
     }
     let text = std::fs::read_to_string(what).map_err(|error| format!("{what}: {error}"))?;
-    serde_json::from_str(&text).map_err(|error| format!("{what}: {error}"))
+    let case: Case = serde_json::from_str(&text).map_err(|error| format!("{what}: {error}"))?;
+    Ok(case.schedule)
 }
 
 fn bug_named(name: Option<String>) -> Result<Option<Bug>, String> {
@@ -198,7 +203,8 @@ fn bugs(only: Option<Bug>, seeds: Option<u64>, tier: Tier) -> bool {
         "{:<28} {:<8} {:<18} {:>7} {:>7}  also broken first",
         "bug", "place", "invariant", "seed", "budget"
     );
-    for bug in Bug::ALL.iter().copied().filter(|bug| only.is_none_or(|only| only == *bug)) {
+    let wanted = |bug: &Bug| only.is_none_or(|only| only == *bug);
+    for bug in Bug::ALL.iter().copied().filter(wanted) {
         let options = Options { bug: Some(bug), tier, ..Options::default() };
         let mut others: Vec<Invariant> = Vec::new();
         let (mut first, mut hits) = (None, 0);
@@ -324,8 +330,8 @@ fn bench(seeds: u64, wire_seeds: u64) -> bool {
 fn execute(command: Command) -> Result<bool, String> {
     let options = Options::default();
     match command {
-        Command::Run { seeds, from, profile, tier, jobs, enough } => {
-            let options = Options { tier, ..options };
+        Command::Run { seeds, from, profile, tier, jobs, enough, bug } => {
+            let options = Options { tier, bug: bug_named(bug)?, ..options };
             let threads = jobs.unwrap_or_else(cores);
             let report = watched(&Plan { seeds: from..from + seeds, profile, options, threads, enough });
             for found in report.found.iter().take(enough) {
@@ -358,7 +364,10 @@ fn execute(command: Command) -> Result<bool, String> {
                 schedule.slots.len()
             );
             if let Some(path) = out {
-                let text = serde_json::to_string_pretty(small).map_err(|error| error.to_string())?;
+                let bug = options.bug.map(|bug| bug.name().to_owned());
+                let found = violation.to_string();
+                let case = Case { found, bug, schedule: small.clone() };
+                let text = serde_json::to_string_pretty(&case).map_err(|error| error.to_string())?;
                 std::fs::write(&path, text + "\n").map_err(|error| format!("{}: {error}", path.display()))?;
             }
             Ok(true)

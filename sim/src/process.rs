@@ -6,7 +6,7 @@ use leasehold::machine::{Action, AttemptResult, Input, LeaseKey, Moment, StoreFa
 use sim_oracle::{Down, End, Fact, LocalClock};
 
 use crate::bugs::Bug;
-use crate::store::{Ask, Reply};
+use crate::statement::{Ask, Reply};
 use crate::world::{Happening, World};
 
 /// Something that a process's driver does, at once or when the process goes on.
@@ -183,7 +183,7 @@ impl World<'_> {
                 let (Some(arrived), false) = (book.arrived, book.done) else { return };
                 book.done = true;
                 if let Some(reply) = book.reply.take() {
-                    self.answered(worker, call, arrived, reply);
+                    self.answered(worker, call, arrived, *reply);
                 }
             }
             Item::TimedOut(call) => {
@@ -192,16 +192,10 @@ impl World<'_> {
                     return;
                 }
                 book.done = true;
-                let (request, statement) = (book.request, book.statement);
-                let input = match self.options.bug {
-                    Some(Bug::TimeoutUnreported) => None,
-                    _ => {
-                        self.statement_input(statement, request, StoreFault::Unknown { error: String::new() })
-                    }
-                };
                 self.give_up(call);
                 self.emit(Fact::CallFailed { worker, call });
-                if let Some(input) = input {
+                if self.options.bug != Some(Bug::TimeoutUnreported) {
+                    let input = self.fault_input(call, StoreFault::Unknown { error: String::new() });
                     self.input(worker, input);
                 }
             }
@@ -256,7 +250,7 @@ impl World<'_> {
     }
 
     fn answered(&mut self, worker: u32, call: u32, arrived: u64, reply: Reply) {
-        let (request, statement) = (self.calls[call as usize].request, self.calls[call as usize].statement);
+        let request = self.calls[call as usize].request;
         let fault = match reply {
             Reply::NotApplied => Some(StoreFault::NotApplied { error: String::new() }),
             Reply::Permanent => Some(StoreFault::Permanent { error: String::new() }),
@@ -269,9 +263,8 @@ impl World<'_> {
             } else {
                 self.emit(Fact::CallFailed { worker, call });
             }
-            if let Some(input) = self.statement_input(statement, request, fault) {
-                self.input(worker, input);
-            }
+            let input = self.fault_input(call, fault);
+            self.input(worker, input);
             return;
         }
         self.emit(Fact::CallAnswered { worker, call, arrived });
@@ -289,7 +282,7 @@ impl World<'_> {
         }
         process.machine.handle(now, input);
         process.inputs += 1;
-        if self.options.bug.is_none() && process.inputs % self.options.check_machines_every == 0 {
+        if self.options.bug.is_none() && process.inputs.is_multiple_of(self.options.check_machines_every) {
             process.machine.assert_invariants();
         }
         while process.machine.poll_observation().is_some() {}

@@ -387,3 +387,14 @@ impl Schedule {
 
 /// How long a slot stays down after an event killed its process.
 pub const RESTART_AFTER_KILL: u64 = 500_000;
+
+/// A file of the corpus: a schedule that once broke a promise.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Case {
+    /// What it broke.
+    pub found: String,
+    /// The planted bug that is the same mistake, with which it must still break it.
+    pub bug: Option<String>,
+    /// The schedule.
+    pub schedule: Schedule,
+}

@@ -3,14 +3,16 @@
 
 use leasehold::machine::{
     Answer, ClaimAnswer, ClaimFailure, ClaimReply, ClaimRequest, DbClock, DbTime, DestinationKey, Grant,
-    Incarnation, LeaseKey, OwnedReply, OwnedRequest, RenewReply, RenewRequest, Row, RowId, Settle,
-    SettleReply, SettleRequest, Status, WorkerId,
+    Incarnation, LeaseKey, OwnedReply, RenewReply, RenewRequest, Row, RowId, Settle, SettleReply,
+    SettleRequest, Status, WorkerId,
 };
 use sim_oracle::{DbClockModel, Fact};
 use std::time::Duration;
 
 use crate::bugs::Bug;
+use crate::plain::{plain, plain_settle};
 use crate::schedule::EventPlan;
+use crate::statement::{Ask, Reply, Statement};
 
 /// Who has a row locked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -25,78 +27,28 @@ pub(crate) enum Lock {
 
 /// What the row machine does not know about a row.
 #[derive(Clone, Copy, Debug)]
-struct Meta {
-    destination: u16,
-    lock: Lock,
-    cursed: bool,
-    exists: bool,
+pub(crate) struct Meta {
+    pub(crate) destination: u16,
+    pub(crate) lock: Lock,
+    pub(crate) cursed: bool,
+    pub(crate) exists: bool,
 }
 
-/// What a statement asks for.
-#[derive(Clone, Debug)]
-pub(crate) enum Ask {
-    /// See [`ClaimRequest`].
-    Claim(ClaimRequest),
-    /// See [`RenewRequest`].
-    Renew(RenewRequest),
-    /// See [`SettleRequest`].
-    Settle(SettleRequest),
-    /// See [`OwnedRequest`].
-    Owned(OwnedRequest),
-}
-
-/// What a statement answers.
-#[derive(Clone, Debug)]
-pub(crate) enum Reply {
-    /// To a claim.
-    Claim(ClaimReply),
-    /// To a renewal.
-    Renew(RenewReply),
-    /// To a settle.
-    Settle(SettleReply),
-    /// To a look.
-    Owned(OwnedReply),
-    /// Nothing was done.
-    NotApplied,
-    /// Nothing was done, nor ever will.
-    Permanent,
-}
-
-/// One statement under way.
-#[derive(Clone, Debug)]
-pub(crate) struct Statement {
-    /// The call that it belongs to.
-    pub(crate) call: u32,
-    /// Whose call.
-    pub(crate) worker: u32,
-    /// What it asks.
-    pub(crate) ask: Ask,
-    /// When it began, in true time.
-    pub(crate) began: u64,
-    /// When it had its locks.
-    pub(crate) locked: u64,
-    /// Of which run of the server it is part.
-    pub(crate) epoch: u32,
-    /// Rows that it has locked.
-    rows: Vec<u32>,
-    searched: bool,
-}
-
-impl Statement {
-    /// A statement that has not begun.
-    pub(crate) fn new(call: u32, worker: u32, ask: Ask) -> Self {
-        Self { call, worker, ask, began: 0, locked: 0, epoch: 0, rows: Vec::new(), searched: false }
-    }
+/// When a statement began and when it had its locks.
+#[derive(Clone, Copy)]
+struct View {
+    began: u64,
+    locked: u64,
 }
 
 /// See the module's documentation.
 #[derive(Debug)]
 pub(crate) struct Store {
-    rows: Vec<Row>,
-    meta: Vec<Meta>,
+    pub(crate) rows: Vec<Row>,
+    pub(crate) meta: Vec<Meta>,
     /// Rows that are pending, in order.
-    pending: Vec<u32>,
-    keys: Vec<DestinationKey>,
+    pub(crate) pending: Vec<u32>,
+    pub(crate) keys: Vec<DestinationKey>,
     /// The server's clock.
     pub(crate) clock: DbClockModel,
     /// Whether it runs.
@@ -105,14 +57,14 @@ pub(crate) struct Store {
     pub(crate) read_only: bool,
     /// Counts the server's runs.
     pub(crate) epoch: u32,
-    incarnation: Incarnation,
-    booted: u64,
+    pub(crate) incarnation: Incarnation,
+    pub(crate) booted: u64,
     /// Rows before each commit, if a failover may want them: (when, row, what it was).
-    history: Option<Vec<(u64, u32, Option<Row>)>>,
-    waiting: Vec<(u32, u32)>,
-    candidates: Vec<(bool, DbTime, u32)>,
-    rooms: Vec<u32>,
-    bug: Option<Bug>,
+    pub(crate) history: Option<Vec<(u64, u32, Option<Row>)>>,
+    pub(crate) waiting: Vec<(u32, u32)>,
+    pub(crate) candidates: Vec<(bool, DbTime, u32)>,
+    pub(crate) rooms: Vec<u32>,
+    pub(crate) bug: Option<Bug>,
 }
 
 impl Store {
@@ -164,17 +116,16 @@ impl Store {
         statement.locked = now;
         match &statement.ask {
             Ask::Claim(request) => {
-                let request = request.clone();
-                self.select(id, statement, &request);
+                let view = View { began: statement.began, locked: statement.locked };
+                statement.searched = self.select(id, view, &mut statement.rows, request);
             }
             Ask::Renew(request) => {
                 if request.wait
                     && let Some(row) = request.keys.first().map(|key| row_of(*key))
+                    && self.meta[row as usize].lock != Lock::Free
                 {
-                    if self.meta[row as usize].lock != Lock::Free {
-                        self.waiting.push((row, id));
-                        return false;
-                    }
+                    self.waiting.push((row, id));
+                    return false;
                 }
                 self.lock(id, request.keys.iter().map(|key| row_of(*key)), &mut statement.rows);
             }
@@ -196,15 +147,16 @@ impl Store {
         }
     }
 
-    fn select(&mut self, id: u32, statement: &mut Statement, request: &ClaimRequest) {
-        let early = self.db(statement.began);
-        let seen = if self.has(Bug::ClaimLateClock) { self.db(statement.locked + 50_000) } else { early };
-        let up_for = statement.began.saturating_sub(self.booted);
+    /// Picks and locks the rows of a claim. Answers whether expired leases were among those looked at.
+    fn select(&mut self, id: u32, view: View, rows: &mut Vec<u32>, request: &ClaimRequest) -> bool {
+        let early = self.db(view.began);
+        let seen = if self.has(Bug::ClaimLateClock) { self.db(view.locked + 50_000) } else { early };
+        let up_for = view.began.saturating_sub(self.booted);
         let long_up = self.booted == 0 || Duration::from_micros(up_for) >= request.terms.lease;
         let known = request.incarnation.as_ref() == Some(&self.incarnation);
-        statement.searched = request.terms.expired && long_up && known;
+        let searched = request.terms.expired && long_up && known;
         let mut terms = request.terms;
-        terms.expired = statement.searched && !self.has(Bug::NeverReclaim);
+        terms.expired = searched && !self.has(Bug::NeverReclaim);
         if self.has(Bug::GraceIgnored) {
             terms.grace = Duration::ZERO;
         }
@@ -245,7 +197,7 @@ impl Store {
         }
         let mut probation = request.probation;
         for &(_, _, row) in &candidates {
-            if statement.rows.len() >= request.limit as usize {
+            if rows.len() >= request.limit as usize {
                 break;
             }
             let meta = &mut self.meta[row as usize];
@@ -259,9 +211,10 @@ impl Store {
             if bug != Some(Bug::DoubleClaim) {
                 meta.lock = Lock::Statement(id);
             }
-            statement.rows.push(row);
+            rows.push(row);
         }
         self.candidates = candidates;
+        searched
     }
 
     /// Whether the statement would be refused for good: it settles a cursed row.
@@ -295,28 +248,10 @@ impl Store {
         next
     }
 
-    fn free(&mut self, row: u32) -> Option<u32> {
+    pub(crate) fn free(&mut self, row: u32) -> Option<u32> {
         self.meta[row as usize].lock = Lock::Free;
         let at = self.waiting.iter().position(|(waiting, _)| *waiting == row)?;
         Some(self.waiting.remove(at).1)
-    }
-
-    /// An outside session locks a row, if nobody has it.
-    pub(crate) fn lock_outside(&mut self, row: u32) -> bool {
-        let Some(meta) = self.meta.get_mut(row as usize) else { return false };
-        let free = meta.lock == Lock::Free;
-        if free {
-            meta.lock = Lock::Outside;
-        }
-        free
-    }
-
-    /// And lets go of it. Answers whether it still had it, and who may go on now.
-    pub(crate) fn unlock_outside(&mut self, row: u32) -> (bool, Option<u32>) {
-        match self.meta.get(row as usize) {
-            Some(Meta { lock: Lock::Outside, .. }) => (true, self.free(row)),
-            _ => (false, None),
-        }
     }
 
     /// Rolls a statement back: its rows are as they were.
@@ -610,80 +545,6 @@ impl Store {
             _ => row.settle(clock, owner, key.token, settle),
         }
     }
-
-    /// The server goes down. Its locks and the statements that waited for them are gone.
-    pub(crate) fn go_down(&mut self, facts: &mut Vec<Fact>) {
-        self.up = false;
-        self.epoch += 1;
-        self.waiting.clear();
-        for (row, meta) in self.meta.iter_mut().enumerate() {
-            if meta.lock == Lock::Outside {
-                facts.push(Fact::RowUnlocked { event: row as u32 });
-            }
-            meta.lock = Lock::Free;
-        }
-        facts.push(Fact::DbDown);
-    }
-
-    /// The server is up again, another incarnation. It has forgotten what committed after `forgotten`.
-    pub(crate) fn come_up(&mut self, now: u64, forgotten: Option<u64>, facts: &mut Vec<Fact>) {
-        self.up = true;
-        self.booted = now;
-        self.incarnation = Incarnation::new(format!("server {}", self.epoch));
-        let mut touched: Vec<(u32, bool)> = Vec::new();
-        let mut lost = 0;
-        if let (Some(history), Some(forgotten)) = (&mut self.history, forgotten) {
-            while let Some((_, row, before)) = history.pop_if(|(at, _, _)| *at > forgotten) {
-                lost += 1;
-                touched.retain(|(other, _)| *other != row);
-                touched.push((row, before.is_some()));
-                match before {
-                    Some(before) => self.rows[row as usize] = before,
-                    None => self.meta[row as usize].exists = false,
-                }
-            }
-        }
-        facts.push(Fact::DbUp { lost });
-        for (event, exists) in touched {
-            let row = &self.rows[event as usize];
-            if !exists {
-                facts.push(Fact::EventVanished { event });
-                continue;
-            }
-            facts.push(Fact::RowRestored {
-                event,
-                status: match row.status {
-                    Status::Pending => sim_oracle::Status::Pending,
-                    Status::Delivered => sim_oracle::Status::Delivered,
-                    Status::Failed => sim_oracle::Status::Failed,
-                },
-                attempts: row.attempts,
-                due: row.next_attempt_at.as_micros(),
-                token: row.token.0,
-                reclaims: row.reclaims,
-                owner: row.lease.as_ref().and_then(|lease| lease.owner.as_str().get(1..)?.parse().ok()),
-                until: row.lease.as_ref().map_or(0, |lease| lease.until.as_micros()),
-            });
-        }
-        self.pending = (0..self.rows.len() as u32)
-            .filter(|row| {
-                self.meta[*row as usize].exists && self.rows[*row as usize].status == Status::Pending
-            })
-            .collect();
-    }
-
-    /// The store's own count.
-    pub(crate) fn census(&self) -> Fact {
-        let (mut pending, mut delivered, mut failed) = (0, 0, 0);
-        for (row, _) in self.rows.iter().zip(&self.meta).filter(|(_, meta)| meta.exists) {
-            match row.status {
-                Status::Pending => pending += 1,
-                Status::Delivered => delivered += 1,
-                Status::Failed => failed += 1,
-            }
-        }
-        Fact::Census { pending, delivered, failed }
-    }
 }
 
 fn row_failed(row: &Row, answer: Answer) -> bool {
@@ -696,23 +557,4 @@ fn row_of(key: LeaseKey) -> u32 {
 
 fn key_of(event: u32, row: &Row) -> LeaseKey {
     LeaseKey { row: RowId(i64::from(event)), token: row.token }
-}
-
-fn plain(answer: Answer) -> sim_oracle::Answer {
-    match answer {
-        Answer::Applied => sim_oracle::Answer::Applied,
-        Answer::Ended => sim_oracle::Answer::Ended,
-        Answer::Refused => sim_oracle::Answer::Refused,
-        Answer::Skipped => sim_oracle::Answer::Skipped,
-    }
-}
-
-fn plain_settle(settle: &Settle) -> sim_oracle::Settle {
-    let us = |duration: &Duration| duration.as_micros() as u64;
-    match settle {
-        Settle::Delivered { .. } => sim_oracle::Settle::Delivered,
-        Settle::Retry { delay, .. } => sim_oracle::Settle::Retry(us(delay)),
-        Settle::Failed { tried, .. } => sim_oracle::Settle::Failed { tried: *tried },
-        Settle::Release { delay } => sim_oracle::Settle::Release(delay.as_ref().map(us)),
-    }
 }

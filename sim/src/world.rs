@@ -1,16 +1,17 @@
 //! The world of the event-heap tier: workers, store, destinations and faults, in simulated microseconds.
 
-use std::cmp::Reverse;
+use std::cmp::Ordering;
 use std::collections::BinaryHeap;
 
 use leasehold::machine::WorkerSettings;
-use sim_oracle::{Checks, Fact, Invariant, Oracle, Setup, Stats, Violation};
+use sim_oracle::{Checks, Fact, Invariant, Lane, Oracle, Setup, Stats, Violation};
 
 use crate::bugs::{Bug, Place};
 use crate::process::{Item, Process, Request};
 use crate::rng::Rng;
 use crate::schedule::{Fault, Manner, Schedule};
-use crate::store::{Reply, Statement, Store};
+use crate::statement::{Reply, Statement};
+use crate::store::Store;
 use crate::trace::Trace;
 
 /// What the database's clock shows when a run begins.
@@ -109,6 +110,34 @@ pub(crate) enum Happening {
     Healed,
 }
 
+/// A happening at its time; the heap's greatest is the one that is due first.
+#[derive(Clone, Copy, Debug)]
+struct Due {
+    /// The time, then the seed's order of equal times.
+    order: u128,
+    happening: Happening,
+}
+
+impl PartialEq for Due {
+    fn eq(&self, other: &Self) -> bool {
+        self.order == other.order
+    }
+}
+
+impl Eq for Due {}
+
+impl PartialOrd for Due {
+    fn partial_cmp(&self, other: &Self) -> Option<Ordering> {
+        Some(self.cmp(other))
+    }
+}
+
+impl Ord for Due {
+    fn cmp(&self, other: &Self) -> Ordering {
+        other.order.cmp(&self.order)
+    }
+}
+
 /// One store call, as its client and the network know it.
 #[derive(Debug)]
 pub(crate) struct Call {
@@ -116,7 +145,8 @@ pub(crate) struct Call {
     pub(crate) request: leasehold::machine::RequestId,
     pub(crate) done: bool,
     pub(crate) arrived: Option<u64>,
-    pub(crate) reply: Option<Reply>,
+    pub(crate) reply: Option<Box<Reply>>,
+    pub(crate) lane: Lane,
     pub(crate) statement: u32,
 }
 
@@ -152,13 +182,13 @@ pub struct World<'a> {
     pub(crate) net: Rng,
     pub(crate) pace: Rng,
     pub(crate) chance: Rng,
-    heap: BinaryHeap<Reverse<(u64, u64, Happening)>>,
+    heap: BinaryHeap<Due>,
     pub(crate) worker_settings: Vec<WorkerSettings>,
     pub(crate) store: Store,
     pub(crate) slots: Vec<SlotState>,
     pub(crate) processes: Vec<Process>,
     pub(crate) calls: Vec<Call>,
-    pub(crate) statements: Vec<Option<Statement>>,
+    pub(crate) statements: Vec<Option<Box<Statement>>>,
     pub(crate) requests: Vec<Request>,
     pub(crate) manners: Vec<Option<Manner>>,
     pub(crate) kills: Vec<u32>,
@@ -248,7 +278,8 @@ impl<'a> World<'a> {
     pub(crate) fn at(&mut self, time: u64, happening: Happening) {
         self.seq += 1;
         let tie = (self.ties.bits() & 0xffff_ffff_0000_0000) | u64::from(self.seq);
-        self.heap.push(Reverse((time.max(self.now), tie, happening)));
+        let order = u128::from(time.max(self.now)) << 64 | u128::from(tie);
+        self.heap.push(Due { order, happening });
     }
 
     pub(crate) fn after(&mut self, delay: u64, happening: Happening) {
@@ -289,8 +320,9 @@ impl<'a> World<'a> {
         let limit = self.schedule.converge_by() + 1;
         let mut steps = 0;
         while self.violation.is_none()
-            && let Some(Reverse((time, _, happening))) = self.heap.pop()
+            && let Some(Due { order, happening }) = self.heap.pop()
         {
+            let time = (order >> 64) as u64;
             if time > limit {
                 self.now = limit;
                 break;

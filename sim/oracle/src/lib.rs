@@ -4,16 +4,19 @@
 //! the step at which they break. It depends on plain types only, never on the machine that it judges: what a lease, a
 //! fence, a retry delay or a healthy holder is, is stated here a second time.
 #![forbid(unsafe_code)]
+#![deny(clippy::disallowed_methods, clippy::disallowed_types)]
 
 mod clock;
 mod fact;
 mod health;
 mod ledger;
+mod outcomes;
 mod requests;
 mod stats;
 mod store;
 mod terms;
 mod violation;
+mod waits;
 mod workers;
 
 pub use clock::{DbClockModel, LocalClock, STANDS_STILL};

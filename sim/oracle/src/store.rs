@@ -1,8 +1,8 @@
 //! What commits: **S1**, **S2**, **S5**, **S6**, **S7**, **S8**, and the waiting times **L2** and **L3**.
 
-use crate::fact::{Answer, DbMicros, Down, End, Micros, RetryAfter, Settle, Spent, Status};
+use crate::fact::{Answer, DbMicros, Down, Micros, Settle, Spent, Status};
 use crate::health::Taker;
-use crate::ledger::{Event, Lease, Link, NONE, UNKNOWN, Worker, entry};
+use crate::ledger::{Event, Lease, Link, NONE, UNKNOWN, entry};
 use crate::violation::Excuses;
 use crate::{Change, Invariant, Oracle, RowState, Sometimes, Verdict, ensure};
 
@@ -28,7 +28,7 @@ pub(crate) struct Guarded {
 }
 
 /// Run-outs from which an event is on probation.
-const PROBATION: u32 = 3;
+pub(crate) const PROBATION: u32 = 3;
 
 impl Oracle {
     pub(crate) fn event_committed(
@@ -376,8 +376,8 @@ impl Oracle {
         self.guard(write)?;
         match answer {
             Answer::Applied => {}
-            Answer::Refused => return Ok(self.stats.saw(Sometimes::StaleRenewRefused)),
-            Answer::Skipped => return Ok(self.stats.saw(Sometimes::RenewSkipped)),
+            Answer::Refused => return self.note(Sometimes::StaleRenewRefused),
+            Answer::Skipped => return self.note(Sometimes::RenewSkipped),
             Answer::Ended => return Ok(()),
         }
         if self.state(event, locked) == RowState::Expired {
@@ -432,7 +432,7 @@ impl Oracle {
                 }
                 return Ok(());
             }
-            Answer::Skipped => return Ok(self.stats.saw(Sometimes::SettleSkipped)),
+            Answer::Skipped => return self.note(Sometimes::SettleSkipped),
             Answer::Refused => {
                 self.stats.saw(Sometimes::StaleSettleRefused);
                 if settle == Settle::Delivered {
@@ -489,126 +489,8 @@ impl Oracle {
         Ok(())
     }
 
-    /// **S6**, **S7**: whether the outcome is what the request's end means.
-    fn outcome(&mut self, worker: u32, call: u32, lease: u32, settle: Settle) -> Verdict {
-        let book = &self.leases[lease as usize];
-        let event = book.event;
-        let row = &self.events[event as usize];
-        let terms = *self.terms_of(worker);
-        let (tries, limit) = (row.attempts + 1, terms.tries(row.max_attempts));
-        let Some(end) = book.end else {
-            ensure!(self, S6, !book.open, "event {event} was settled as {settle:?} with its request open");
-            let release = matches!(settle, Settle::Release(_));
-            ensure!(self, S6, release, "event {event} was settled as {settle:?} without a try");
-            return Ok(());
-        };
-        match settle {
-            Settle::Delivered => {
-                let success = matches!(end, End::Status(200..=299, _));
-                ensure!(
-                    self,
-                    S7,
-                    success && row.successes > 0,
-                    "event {event} is delivered, but ended with {end:?}"
-                );
-            }
-            Settle::Failed { tried: false } => {
-                ensure!(
-                    self,
-                    S6,
-                    end == End::Undeliverable,
-                    "event {event} failed without a try, but ended with {end:?}"
-                );
-            }
-            Settle::Failed { tried: true } => {
-                let at_once = matches!(end, End::Status(status, _) if status == terms.fail_status);
-                ensure!(
-                    self,
-                    S6,
-                    tries >= limit || at_once,
-                    "event {event} failed after {tries} of {limit} tries ({end:?})"
-                );
-                let success = matches!(end, End::Status(200..=299, _) | End::Closed);
-                ensure!(self, S7, !success, "event {event} failed, but its request ended with {end:?}");
-            }
-            Settle::Retry(delay) => {
-                ensure!(
-                    self,
-                    S6,
-                    tries < limit,
-                    "event {event} is to be retried after {tries} of {limit} tries"
-                );
-                let success = matches!(end, End::Status(200..=299, _) | End::Undeliverable | End::Closed);
-                ensure!(
-                    self,
-                    S6,
-                    !success,
-                    "event {event} is to be retried, but its request ended with {end:?}"
-                );
-                return self.delay(call, lease, tries, end, delay);
-            }
-            Settle::Release(_) => {
-                // A lost settle leaves a lease that its holder does not know any more.
-                let forgotten = self.last_loss.is_some_and(|at| at >= book.claimed_at);
-                ensure!(
-                    self,
-                    S6,
-                    end == End::Closed || forgotten,
-                    "event {event} was given back, but its request ended with {end:?}"
-                );
-            }
-        }
-        Ok(())
-    }
-
-    /// **S6**: the delay counts from when the outcome was known, and what is left of it is sent.
-    fn delay(&mut self, call: u32, lease: u32, tries: u32, end: End, delay: u64) -> Verdict {
-        let (book, call) = (&self.leases[lease as usize], &self.calls[call as usize]);
-        let holder = &self.workers[book.worker as usize];
-        let terms = *self.terms_of(book.worker);
-        // The database's time as carried forward may stem from a statement of some time before the claim.
-        let known_since = book.claimed_at.saturating_sub(4 * terms.store_timeout);
-        if holder.clock_stepped_since(book.claimed_at) > 0 || self.db.stepped_since(known_since) > 0 {
-            self.stats.unchecked[Invariant::S6 as usize] += 1;
-            return Ok(());
-        }
-        self.stats.checked[Invariant::S6 as usize] += 1;
-        let passed = u64::try_from(call.sent_local - book.known).unwrap_or(0);
-        let known_at = call.sent - passed;
-        let (mut least, mut most) = terms.delay_bounds(tries);
-        let asked = match end {
-            End::Status(429 | 503, Some(RetryAfter::Delay(asked))) => asked,
-            End::Status(429 | 503, Some(RetryAfter::Date(date))) => {
-                u64::try_from(date - self.db.at(known_at)).unwrap_or(0)
-            }
-            _ => 0,
-        };
-        if asked > terms.retry_after_max {
-            self.stats.saw(Sometimes::RetryAfterCapped);
-        }
-        let asked = asked.min(terms.retry_after_max);
-        if asked > most {
-            self.stats.saw(Sometimes::RetryAfterHonoured);
-        }
-        // A date is compared with the database's time as carried forward: a reply old, and drift, may be in between.
-        let loose = if matches!(end, End::Status(_, Some(RetryAfter::Date(_)))) {
-            let stopped = holder.stopped_between(known_since, self.now);
-            2 * terms.store_timeout + terms.lease * holder.worst_ppm / 1_000_000 + stopped + 1_000
-        } else {
-            2
-        };
-        least = least.max(asked.saturating_sub(loose));
-        most = most.max(asked + loose);
-        let total = delay + passed;
-        let event = book.event;
-        let in_time = total + 2 >= least && (delay == 0 || total <= most + 2);
-        ensure!(
-            self,
-            S6,
-            in_time,
-            "try {tries} of event {event} ended with {end:?}: the next one is due {total} us after it, allowed is {least} \
-             to {most}"
-        );
+    fn note(&mut self, what: Sometimes) -> Verdict {
+        self.stats.saw(what);
         Ok(())
     }
 
@@ -622,66 +504,6 @@ impl Oracle {
         if self.calls[call as usize].over {
             self.stats.saw(Sometimes::LateCommit);
         }
-    }
-
-    /// Since when claims could have taken whatever is due: a worker knows the store and nothing has gone wrong.
-    fn ready_since(&self) -> Option<Micros> {
-        let ready = self.workers.iter().filter(|worker| {
-            worker.down.is_none() && worker.stopped_since.is_none() && worker.drain_began.is_none()
-        });
-        let ready = ready.filter(|worker| worker.worst_ppm < 1_000);
-        // A clock that was set back does not move until it has made up for it.
-        let settled = |worker: &Worker| worker.clock_steps.iter().map(|(at, by)| at + by).max().unwrap_or(0);
-        let ready = ready.filter_map(|worker| Some(worker.met_store?.max(settled(worker)))).min()?;
-        (self.roomy && self.db_up).then(|| ready.max(self.quiet_since))
-    }
-
-    /// **L2**: an orphan is taken within `L + G`, one search and, under an embargo, one `L` more.
-    fn check_orphan(&mut self, claim: Claim) -> Verdict {
-        let terms = *self.terms_of(claim.worker);
-        let event = &self.events[claim.event as usize];
-        let Some(ready) = self.ready_since().filter(|_| event.reclaims + 1 < PROBATION) else {
-            self.stats.unchecked[Invariant::L2 as usize] += 1;
-            return Ok(());
-        };
-        self.stats.checked[Invariant::L2 as usize] += 1;
-        let overdue = u64::try_from(self.db.at(self.now) - event.until).unwrap_or(0);
-        let ran_out = self.now.saturating_sub(overdue) + terms.reclaim_grace;
-        let longest = self.terms.iter().map(|terms| terms.search_interval()).max().unwrap_or(0);
-        let bound = ran_out.max(ready + terms.lease) + longest + 4 * terms.store_timeout;
-        ensure!(
-            self,
-            L2,
-            self.now <= bound,
-            "event {} ran out {} us ago and was taken {} us late",
-            claim.event,
-            overdue,
-            self.now - bound
-        );
-        Ok(())
-    }
-
-    /// **L3**: what is due is taken by the next poll.
-    fn check_wait(&mut self, claim: Claim, attempted: bool) -> Verdict {
-        let event = &self.events[claim.event as usize];
-        let Some(ready) = self.ready_since().filter(|_| attempted && event.reclaims < PROBATION) else {
-            self.stats.unchecked[Invariant::L3 as usize] += 1;
-            return Ok(());
-        };
-        self.stats.checked[Invariant::L3 as usize] += 1;
-        let overdue = u64::try_from(self.db.at(self.now) - event.due).unwrap_or(0);
-        let poll =
-            self.terms.iter().map(|terms| terms.poll_interval + 4 * terms.store_timeout).max().unwrap_or(0);
-        let bound = (self.now - overdue.min(self.now)).max(event.freed_at).max(ready) + poll;
-        ensure!(
-            self,
-            L3,
-            self.now <= bound,
-            "event {} was due {overdue} us ago and was taken {} us late",
-            claim.event,
-            self.now - bound
-        );
-        Ok(())
     }
 
     #[allow(clippy::too_many_arguments, reason = "one fact's fields")]

@@ -12,7 +12,7 @@ use leasehold::ports::Message;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use turmoil::net::TcpStream;
 
-use crate::store::{Ask, Reply};
+use crate::statement::{Ask, Reply};
 
 /// Something that goes over the wire. What doesn't decode is the harness's own mistake: it panics.
 pub(super) trait Wire: Sized {

@@ -2,8 +2,8 @@
 //! dropping it closes the socket.
 
 use std::pin::{Pin, pin};
-use std::sync::{Arc, OnceLock};
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::task::{Context, Poll};
 use std::time::{Duration, UNIX_EPOCH};
 use std::{future, io};

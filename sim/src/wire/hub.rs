@@ -15,7 +15,8 @@ use tokio::sync::{oneshot, watch};
 use crate::bugs::Bug;
 use crate::rng::Rng;
 use crate::schedule::{Manner, Schedule};
-use crate::store::{Statement, Store};
+use crate::statement::Statement;
+use crate::store::Store;
 use crate::world::Weather;
 
 /// One start of a worker process.

@@ -12,7 +12,7 @@ use turmoil::net::TcpStream;
 use super::frame::{receive, send};
 use super::hub::{Gated, Shared, effect, lock};
 use super::server::PORT;
-use crate::store::{Ask, Reply};
+use crate::statement::{Ask, Reply};
 
 /// The outbox as a worker process sees it: heartbeats have connections of their own.
 pub(super) struct Client {

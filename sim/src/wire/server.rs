@@ -14,7 +14,7 @@ use turmoil::net::{TcpListener, TcpStream};
 use super::endpoint;
 use super::frame::{receive, send};
 use super::hub::{Hub, Shared, lock};
-use crate::store::{Ask, Reply, Statement};
+use crate::statement::{Ask, Reply, Statement};
 
 /// Where the store listens.
 pub(super) const PORT: u16 = 5432;

@@ -162,7 +162,10 @@ impl Worker {
             return self
                 .observe(Observation::Unexpected { what: "a reply to a claim that is not under way" });
         };
-        let poll = self.settings.limits().poll_interval;
+        let mut poll = self.settings.limits().poll_interval;
+        if planted!(self, PollSeldom) {
+            poll *= 40;
+        }
         self.claims.at = self.now.after(poll);
         self.claims.backlog = false;
         match reply {
@@ -175,17 +178,22 @@ impl Worker {
                 if planted!(self, UnknownClaimForgotten) {
                     // No look.
                 } else if let StoreFault::Unknown { .. } = fault {
-                    // **P7**: at once, and again for a commit that comes late: the last time but one while what was
-                    // granted can still be found and given back, at two tries each, before it runs out.
+                    // **P7**: at once, and again for a commit that comes late: twice more while what was granted can
+                    // still be found and given back before it runs out, at two tries each and at one.
                     let timing = *self.timing();
                     let (lease, timeout) = (timing.lease(), timing.store_timeout());
-                    let passed = self.now.since(under_way.sent);
-                    let in_time =
-                        lease.saturating_sub(passed + timeout * 4 + timing.fence_margin()).max(timeout);
-                    self.claims.owned_at =
-                        [lease, in_time, timeout, Duration::ZERO].map(|wait| self.now.after(wait)).into();
+                    let left = lease
+                        .saturating_sub(self.now.since(under_way.sent))
+                        .saturating_sub(timing.fence_margin());
+                    let before = |tries: u32| left.saturating_sub(timeout * tries).max(timeout);
+                    self.claims.owned_at = [lease, before(2), before(4), timeout, Duration::ZERO]
+                        .map(|wait| self.now.after(wait))
+                        .into();
                     if planted!(self, LateClaimForgotten) {
-                        self.claims.owned_at.drain(..2);
+                        self.claims.owned_at.drain(..3);
+                    }
+                    if planted!(self, LateLookAtLease) {
+                        self.claims.owned_at.drain(1..3);
                     }
                 }
                 self.store_failed(StoreCall::Claim, under_way.sent, fault, Vec::new());

@@ -39,7 +39,10 @@ impl Worker {
     }
 
     pub(super) fn drain_due_at(&self) -> Option<Moment> {
-        self.drain.as_ref().filter(|drain| !(planted!(self, DrainWaits) && drain.aborting)).map(|drain| if drain.aborting { drain.end_at } else { drain.abort_at })
+        self.drain
+            .as_ref()
+            .filter(|drain| !(planted!(self, DrainWaits) && drain.aborting))
+            .map(|drain| if drain.aborting { drain.end_at } else { drain.abort_at })
     }
 
     /// `2R` before the timeout: aborts the rest.

@@ -292,7 +292,11 @@ impl Worker {
             return None;
         }
         let watch = (!self.leases.is_empty()).then(|| self.now.after(self.timing().fence_margin() / 2));
-        let fence = self.fences.first().filter(|_| !planted!(self, FenceNever)).map(|(confirmed, _)| self.fence_at(*confirmed));
+        let fence = self
+            .fences
+            .first()
+            .filter(|_| !planted!(self, FenceNever))
+            .map(|(confirmed, _)| self.fence_at(*confirmed));
         [
             watch,
             fence,

@@ -65,7 +65,9 @@ impl Worker {
             let ripe = self.heartbeats.iter().take_while(|(confirmed, _)| confirmed.after(half) <= self.now);
             let mut keys: Vec<LeaseKey> = ripe.take(STATEMENT_MAX).map(|(_, key)| *key).collect();
             if planted!(self, QueueNotRenewed) {
-                keys.retain(|key| self.leases.get(key).is_some_and(|held| !matches!(held.phase, Phase::Queued { .. })));
+                keys.retain(|key| {
+                    self.leases.get(key).is_some_and(|held| !matches!(held.phase, Phase::Queued { .. }))
+                });
                 if keys.is_empty() {
                     self.renewals.retry_at = self.now.after(half);
                 }
@@ -139,7 +141,8 @@ impl Worker {
                     self.renewals.failures = self.renewals.failures.saturating_add(1);
                     self.renewals.retry_at = self.now.after(self.backoff(self.renewals.failures));
                     if planted!(self, HeartbeatForgottenOnFailure) {
-                        keys.iter().for_each(|key| self.end_heartbeat(*key, super::super::io::HeartbeatEnd::Lost));
+                        keys.iter()
+                            .for_each(|key| self.end_heartbeat(*key, super::super::io::HeartbeatEnd::Lost));
                     }
                 }
                 self.store_failed(StoreCall::Renew, sent, fault, keys);

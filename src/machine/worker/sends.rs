@@ -113,7 +113,9 @@ impl Worker {
     #[cfg(feature = "planted-bugs")]
     fn misread(&self, result: AttemptResult) -> AttemptResult {
         match result {
-            AttemptResult::Responded { status: 300..=399, retry_after } if planted!(self, RedirectIsSuccess) => {
+            AttemptResult::Responded { status: 300..=399, retry_after }
+                if planted!(self, RedirectIsSuccess) =>
+            {
                 AttemptResult::Responded { status: 200, retry_after }
             }
             AttemptResult::Responded { status, .. } if planted!(self, RetryAfterIgnored) => {

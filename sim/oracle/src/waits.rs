@@ -1,0 +1,68 @@
+//! How long events wait: **L2** and **L3**.
+
+use crate::fact::Micros;
+use crate::ledger::Worker;
+use crate::store::{Claim, PROBATION};
+use crate::{Invariant, Oracle, Verdict, ensure};
+
+impl Oracle {
+    /// Since when claims could have taken whatever is due: a worker knows the store and nothing has gone wrong.
+    pub(crate) fn ready_since(&self) -> Option<Micros> {
+        let ready = self.workers.iter().filter(|worker| {
+            worker.down.is_none() && worker.stopped_since.is_none() && worker.drain_began.is_none()
+        });
+        let ready = ready.filter(|worker| worker.worst_ppm < 1_000);
+        // A clock that was set back does not move until it has made up for it.
+        let settled = |worker: &Worker| worker.clock_steps.iter().map(|(at, by)| at + by).max().unwrap_or(0);
+        let ready = ready.filter_map(|worker| Some(worker.met_store?.max(settled(worker)))).min()?;
+        (self.roomy && self.db_up).then(|| ready.max(self.quiet_since))
+    }
+
+    /// **L2**: an orphan is taken within `L + G`, one search and, under an embargo, one `L` more.
+    pub(crate) fn check_orphan(&mut self, claim: Claim) -> Verdict {
+        let terms = *self.terms_of(claim.worker);
+        let event = &self.events[claim.event as usize];
+        let Some(ready) = self.ready_since().filter(|_| event.reclaims + 1 < PROBATION) else {
+            self.stats.unchecked[Invariant::L2 as usize] += 1;
+            return Ok(());
+        };
+        self.stats.checked[Invariant::L2 as usize] += 1;
+        let overdue = u64::try_from(self.db.at(self.now) - event.until).unwrap_or(0);
+        let ran_out = self.now.saturating_sub(overdue) + terms.reclaim_grace;
+        let longest = self.terms.iter().map(|terms| terms.search_interval()).max().unwrap_or(0);
+        let bound = ran_out.max(ready + terms.lease) + longest + 4 * terms.store_timeout;
+        ensure!(
+            self,
+            L2,
+            self.now <= bound,
+            "event {} ran out {} us ago and was taken {} us late",
+            claim.event,
+            overdue,
+            self.now - bound
+        );
+        Ok(())
+    }
+
+    /// **L3**: what is due is taken by the next poll.
+    pub(crate) fn check_wait(&mut self, claim: Claim, attempted: bool) -> Verdict {
+        let event = &self.events[claim.event as usize];
+        let Some(ready) = self.ready_since().filter(|_| attempted && event.reclaims < PROBATION) else {
+            self.stats.unchecked[Invariant::L3 as usize] += 1;
+            return Ok(());
+        };
+        self.stats.checked[Invariant::L3 as usize] += 1;
+        let overdue = u64::try_from(self.db.at(self.now) - event.due).unwrap_or(0);
+        let poll =
+            self.terms.iter().map(|terms| terms.poll_interval + 4 * terms.store_timeout).max().unwrap_or(0);
+        let bound = (self.now - overdue.min(self.now)).max(event.freed_at).max(ready) + poll;
+        ensure!(
+            self,
+            L3,
+            self.now <= bound,
+            "event {} was due {overdue} us ago and was taken {} us late",
+            claim.event,
+            self.now - bound
+        );
+        Ok(())
+    }
+}

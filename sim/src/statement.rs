@@ -1,0 +1,63 @@
+//! Statements: what a store call asks, and what it is answered.
+
+use leasehold::machine::{
+    ClaimReply, ClaimRequest, OwnedReply, OwnedRequest, RenewReply, RenewRequest, SettleReply, SettleRequest,
+};
+
+/// What a statement asks for.
+#[derive(Clone, Debug)]
+pub(crate) enum Ask {
+    /// See [`ClaimRequest`].
+    Claim(ClaimRequest),
+    /// See [`RenewRequest`].
+    Renew(RenewRequest),
+    /// See [`SettleRequest`].
+    Settle(SettleRequest),
+    /// See [`OwnedRequest`].
+    Owned(OwnedRequest),
+}
+
+/// What a statement answers.
+#[derive(Clone, Debug)]
+pub(crate) enum Reply {
+    /// To a claim.
+    Claim(ClaimReply),
+    /// To a renewal.
+    Renew(RenewReply),
+    /// To a settle.
+    Settle(SettleReply),
+    /// To a look.
+    Owned(OwnedReply),
+    /// Nothing was done.
+    NotApplied,
+    /// Nothing was done, nor ever will.
+    Permanent,
+}
+
+/// One statement under way.
+#[derive(Clone, Debug)]
+pub(crate) struct Statement {
+    /// The call that it belongs to.
+    pub(crate) call: u32,
+    /// Whose call.
+    pub(crate) worker: u32,
+    /// What it asks.
+    pub(crate) ask: Ask,
+    /// When it began, in true time.
+    pub(crate) began: u64,
+    /// When it had its locks.
+    pub(crate) locked: u64,
+    /// Of which run of the server it is part.
+    pub(crate) epoch: u32,
+    /// Rows that it has locked.
+    pub(crate) rows: Vec<u32>,
+    /// Whether it searches for expired leases.
+    pub(crate) searched: bool,
+}
+
+impl Statement {
+    /// A statement that has not begun.
+    pub(crate) fn new(call: u32, worker: u32, ask: Ask) -> Self {
+        Self { call, worker, ask, began: 0, locked: 0, epoch: 0, rows: Vec::new(), searched: false }
+    }
+}
