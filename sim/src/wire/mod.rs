@@ -159,7 +159,7 @@ impl World {
         let hub = Arc::new(Mutex::new(Hub::new(Arc::clone(&schedule), store, options.bug)));
         // A message takes until the next tick. Where `R` leaves room it may take one tick more.
         let roomy = schedule.settings.iter().all(|settings| settings.store_timeout >= 300 * MS);
-        let slowest = if roomy && schedule.seed % 2 == 0 { 12 } else { 1 };
+        let slowest = if roomy && schedule.seed.is_multiple_of(2) { 12 } else { 1 };
         let mut sim = turmoil::Builder::new()
             .rng_seed(schedule.seed)
             .epoch(UNIX_EPOCH + Duration::from_micros(EPOCH as u64))
