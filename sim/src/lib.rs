@@ -24,10 +24,11 @@ mod store;
 pub mod story;
 pub mod timeline;
 mod trace;
+pub mod wire;
 mod world;
 
 pub use generate::{generate, profile_of};
 pub use rng::Rng;
 pub use schedule::{Profile, Schedule};
 pub use search::run;
-pub use world::{EPOCH, Options, Outcome, World};
+pub use world::{EPOCH, Options, Outcome, Tier, World};

@@ -9,7 +9,7 @@ use sim::bugs::{Bug, Place};
 use sim::schedule::Case;
 use sim::search::{Found, Plan, Report, search};
 use sim::shrink::shrink;
-use sim::{Options, Profile, Schedule};
+use sim::{Options, Profile, Schedule, Tier};
 use sim_oracle::{Change, Invariant, RowState, Sometimes};
 
 #[derive(Parser)]
@@ -32,6 +32,9 @@ enum Command {
         /// One profile for all; otherwise each seed has its own.
         #[arg(long)]
         profile: Option<Profile>,
+        /// Which simulator: des or wire.
+        #[arg(long, default_value = "des")]
+        tier: Tier,
         /// How many threads; all cores by default.
         #[arg(short, long)]
         jobs: Option<usize>,
@@ -49,6 +52,9 @@ enum Command {
         /// The seed's profile, if it is not its own.
         #[arg(long)]
         profile: Option<Profile>,
+        /// Which simulator: des or wire.
+        #[arg(long, default_value = "des")]
+        tier: Tier,
         /// Tell the story.
         #[arg(long)]
         trace: bool,
@@ -66,6 +72,9 @@ enum Command {
         /// The seed's profile, if it is not its own.
         #[arg(long)]
         profile: Option<Profile>,
+        /// Which simulator: des or wire.
+        #[arg(long, default_value = "des")]
+        tier: Tier,
         /// Write the shrunk schedule here.
         #[arg(long)]
         out: Option<PathBuf>,
@@ -78,6 +87,9 @@ enum Command {
     },
     /// Show that each planted bug is found.
     Bugs {
+        /// Which simulator: des or wire.
+        #[arg(long, default_value = "des")]
+        tier: Tier,
         /// Only this one.
         #[arg(long)]
         id: Option<String>,
@@ -93,6 +105,9 @@ enum Command {
     },
     /// Run seeds twice and compare the hashes of their traces.
     Determinism {
+        /// Which simulator: des or wire.
+        #[arg(long, default_value = "des")]
+        tier: Tier,
         /// How many seeds.
         #[arg(long, default_value_t = 100)]
         seeds: u64,
@@ -105,6 +120,9 @@ enum Command {
         /// How many seeds.
         #[arg(long, default_value_t = 20_000)]
         seeds: u64,
+        /// How many in the wire tier.
+        #[arg(long, default_value_t = 200)]
+        wire_seeds: u64,
     },
 }
 
@@ -166,10 +184,10 @@ fn tell(schedule: &Schedule, options: Options, trace: bool, svg: Option<&Path>) 
         let drawing = sim::timeline::timeline(schedule, &outcome.facts, outcome.violation.as_ref());
         std::fs::write(path, drawing).map_err(|error| format!("{}: {error}", path.display()))?;
     }
-    let (seed, profile, hash) = (schedule.seed, schedule.profile, outcome.hash);
+    let (seed, profile, hash, tier) = (schedule.seed, schedule.profile, outcome.hash, options.tier);
     match outcome.violation {
         Some(violation) => {
-            println!("{}", Found { seed, profile, violation, hash }.line());
+            println!("{}", Found { seed, profile, tier, violation, hash }.line());
             Ok(false)
         }
         None => {
@@ -179,15 +197,14 @@ fn tell(schedule: &Schedule, options: Options, trace: bool, svg: Option<&Path>) 
     }
 }
 
-fn bugs(only: Option<Bug>, seeds: Option<u64>) -> bool {
+fn bugs(only: Option<Bug>, seeds: Option<u64>, tier: Tier) -> bool {
     let mut good = true;
     println!(
         "{:<28} {:<8} {:<18} {:>7} {:>7}  also broken first",
         "bug", "place", "invariant", "seed", "budget"
     );
-    let wanted = |bug: &Bug| only.is_none_or(|only| only == *bug);
-    for bug in Bug::ALL.iter().copied().filter(wanted) {
-        let options = Options { bug: Some(bug), ..Options::default() };
+    for bug in Bug::ALL.iter().copied().filter(|bug| only.is_none_or(|only| only == *bug)) {
+        let options = Options { bug: Some(bug), tier, ..Options::default() };
         let mut others: Vec<Invariant> = Vec::new();
         let (mut first, mut hits) = (None, 0);
         for seed in 0..seeds.unwrap_or(bug.budget()) {
@@ -251,8 +268,8 @@ fn coverage(seeds: u64) -> bool {
     missing.is_empty()
 }
 
-fn determinism(seeds: u64, print: bool) -> bool {
-    let options = Options::default();
+fn determinism(seeds: u64, print: bool, tier: Tier) -> bool {
+    let options = Options { tier, ..Options::default() };
     let mut same = true;
     for seed in 0..seeds {
         let schedule = sim::generate(seed, sim::profile_of(seed));
@@ -276,7 +293,7 @@ fn determinism(seeds: u64, print: bool) -> bool {
 }
 
 #[allow(clippy::disallowed_methods, clippy::disallowed_types, reason = "a measurement of real time")]
-fn bench(seeds: u64) -> bool {
+fn bench(seeds: u64, wire_seeds: u64) -> bool {
     let cpu = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
     let model = cpu.lines().find_map(|line| line.strip_prefix("model name")?.split(": ").nth(1));
     println!("machine: {} ({} cores), one thread", model.unwrap_or("unknown"), cores());
@@ -293,14 +310,27 @@ fn bench(seeds: u64) -> bool {
         report.simulated as f64 / 1e6 / took
     );
     println!("{}", summary(&report));
-    report.found.is_empty()
+    let options = Options { tier: Tier::Wire, ..options };
+    let began = std::time::Instant::now();
+    let seeds = 0..wire_seeds;
+    let wire = search(&Plan { seeds, profile: None, options, threads: 1, enough: usize::MAX }, &|_| {});
+    let took = began.elapsed().as_secs_f64();
+    let simulated = wire.simulated as f64 / 1e6;
+    println!(
+        "wire: {:.1} seeds/s of {:.1} simulated s, {:.1} of 60 simulated s, {:.0} x real time",
+        wire_seeds as f64 / took,
+        simulated / wire_seeds.max(1) as f64,
+        simulated / 60.0 / took,
+        simulated / took
+    );
+    report.found.is_empty() && wire.found.is_empty()
 }
 
 fn execute(command: Command) -> Result<bool, String> {
     let options = Options::default();
     match command {
-        Command::Run { seeds, from, profile, jobs, enough, bug } => {
-            let options = Options { bug: bug_named(bug)?, ..options };
+        Command::Run { seeds, from, profile, tier, jobs, enough, bug } => {
+            let options = Options { bug: bug_named(bug)?, tier, ..options };
             let threads = jobs.unwrap_or_else(cores);
             let report = watched(&Plan { seeds: from..from + seeds, profile, options, threads, enough });
             for found in report.found.iter().take(enough) {
@@ -309,12 +339,12 @@ fn execute(command: Command) -> Result<bool, String> {
             println!("{} failures; {}", report.found.len(), summary(&report));
             Ok(report.found.is_empty())
         }
-        Command::Replay { what, profile, trace, svg, bug } => {
-            let options = Options { bug: bug_named(bug)?, ..options };
+        Command::Replay { what, profile, tier, trace, svg, bug } => {
+            let options = Options { tier, bug: bug_named(bug)?, ..options };
             tell(&load(&what, profile)?, options, trace, svg.as_deref())
         }
-        Command::Shrink { what, profile, out, svg, bug } => {
-            let options = Options { bug: bug_named(bug)?, ..options };
+        Command::Shrink { what, profile, tier, out, svg, bug } => {
+            let options = Options { tier, bug: bug_named(bug)?, ..options };
             let schedule = load(&what, profile)?;
             let Some(violation) = sim::run(&schedule, options).violation else {
                 return Err(format!("{what} breaks nothing"));
@@ -341,10 +371,10 @@ fn execute(command: Command) -> Result<bool, String> {
             }
             Ok(true)
         }
-        Command::Bugs { id, seeds } => Ok(bugs(bug_named(id)?, seeds)),
+        Command::Bugs { tier, id, seeds } => Ok(bugs(bug_named(id)?, seeds, tier)),
         Command::Coverage { seeds } => Ok(coverage(seeds)),
-        Command::Determinism { seeds, print } => Ok(determinism(seeds, print)),
-        Command::Bench { seeds } => Ok(bench(seeds)),
+        Command::Determinism { tier, seeds, print } => Ok(determinism(seeds, print, tier)),
+        Command::Bench { seeds, wire_seeds } => Ok(bench(seeds, wire_seeds)),
     }
 }
 

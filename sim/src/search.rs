@@ -8,12 +8,16 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use sim_oracle::{Invariant, Stats, Violation};
 
 use crate::schedule::{Profile, Schedule};
-use crate::world::{Options, Outcome, World};
+use crate::world::{Options, Outcome, Tier, World};
 use crate::{generate, profile_of};
 
 /// Runs a schedule. A panic of the machine is a violation like any other.
 pub fn run(schedule: &Schedule, options: Options) -> Outcome {
-    catch_unwind(AssertUnwindSafe(|| World::new(schedule, options).run())).unwrap_or_else(|panic| {
+    let run = || match options.tier {
+        Tier::Des => World::new(schedule, options).run(),
+        Tier::Wire => crate::wire::run(schedule, options),
+    };
+    catch_unwind(AssertUnwindSafe(run)).unwrap_or_else(|panic| {
         let text = panic.downcast_ref::<String>().cloned();
         let text =
             text.or_else(|| panic.downcast_ref::<&str>().map(|text| (*text).to_owned())).unwrap_or_default();
@@ -35,6 +39,8 @@ pub struct Found {
     pub seed: u64,
     /// Its profile.
     pub profile: Profile,
+    /// Which simulator ran it.
+    pub tier: Tier,
     /// What it breaks.
     pub violation: Violation,
     /// The hash of its trace.
@@ -44,12 +50,13 @@ pub struct Found {
 impl Found {
     /// One line, and the command that replays it.
     pub fn line(&self) -> String {
-        let Self { seed, profile, violation, hash } = self;
+        let Self { seed, profile, tier, violation, hash } = self;
+        let tier = tier.name();
         let Violation { invariant, text, at } = violation;
         let at = *at as f64 / 1e6;
         format!(
-            "FAIL {invariant} seed={seed} profile={profile} tier=des trace={hash:016x} at t={at:.6}s: {text}\n     replay: \
-             cargo sim replay {seed} --profile {profile} --trace"
+            "FAIL {invariant} seed={seed} profile={profile} tier={tier} trace={hash:016x} at t={at:.6}s: {text}\n     replay: \
+             cargo sim replay {seed} --profile {profile} --tier {tier} --trace"
         )
     }
 }
@@ -72,14 +79,14 @@ pub struct Report {
 }
 
 impl Report {
-    fn add(&mut self, seed: u64, profile: Profile, outcome: Outcome) {
+    fn add(&mut self, seed: u64, profile: Profile, tier: Tier, outcome: Outcome) {
         self.seeds += 1;
         self.searched += u64::from(outcome.stats.searched());
         self.steps += outcome.steps;
         self.simulated += outcome.ended_at;
         self.stats.merge(&outcome.stats);
         if let Some(violation) = outcome.violation {
-            self.found.push(Found { seed, profile, violation, hash: outcome.hash });
+            self.found.push(Found { seed, profile, tier, violation, hash: outcome.hash });
         }
     }
 
@@ -124,7 +131,7 @@ pub fn search(plan: &Plan, progress: &(dyn Fn(u64) + Sync)) -> Report {
             let mut mine = Report::default();
             for seed in from..(from + BLOCK).min(plan.seeds.end) {
                 let profile = plan.profile.unwrap_or_else(|| profile_of(seed));
-                mine.add(seed, profile, run(&generate(seed, profile), plan.options));
+                mine.add(seed, profile, plan.options.tier, run(&generate(seed, profile), plan.options));
             }
             let mut report = report.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
             report.merge(mine);

@@ -20,9 +20,40 @@ pub const EPOCH: i64 = 1_700_000_000_000_000;
 /// More events than any run needs.
 const MOST_STEPS: u64 = 2_000_000;
 
+/// Which simulator runs a schedule.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Tier {
+    /// The machines alone, from an event heap.
+    #[default]
+    Des,
+    /// The real driver, over a simulated network.
+    Wire,
+}
+
+impl Tier {
+    /// Its name.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Des => "des",
+            Self::Wire => "wire",
+        }
+    }
+}
+
+impl std::str::FromStr for Tier {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let named = [Self::Des, Self::Wire].into_iter().find(|tier| tier.name() == text);
+        named.ok_or_else(|| format!("no tier is called {text:?}; there are des and wire"))
+    }
+}
+
 /// How a run is made.
 #[derive(Clone, Copy, Debug)]
 pub struct Options {
+    /// By which simulator.
+    pub tier: Tier,
     /// Which invariants are checked.
     pub checks: Checks,
     /// Keep the facts.
@@ -35,7 +66,7 @@ pub struct Options {
 
 impl Default for Options {
     fn default() -> Self {
-        Self { checks: Checks::ALL, keep: false, bug: None, check_machines_every: 16 }
+        Self { tier: Tier::Des, checks: Checks::ALL, keep: false, bug: None, check_machines_every: 16 }
     }
 }
 

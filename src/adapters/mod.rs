@@ -8,6 +8,7 @@ pub mod http;
 pub mod postgres;
 #[cfg(feature = "sqlite")]
 pub mod sqlite;
+#[cfg(any(feature = "postgres", feature = "sqlite"))]
 pub mod store;
 #[cfg(feature = "bin")]
 pub mod telemetry;

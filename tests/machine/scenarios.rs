@@ -703,3 +703,20 @@ fn an_outcome_given_up_on_is_not_taken_for_an_orphan() {
     assert!(!bed.seen.iter().any(|seen| matches!(seen, Observation::OrphanReleased { .. })));
     assert!(bed.row(1).lease.is_some(), "its lease runs out by itself");
 }
+
+#[test]
+fn a_refusal_for_good_after_a_failure_ends_the_precedence_of_settles() {
+    let (mut bed, key) = one_open();
+    bed.respond(key, 200);
+    for fault in [unknown(), StoreFault::Permanent { error: "22003".into() }] {
+        bed.pass(SECOND);
+        let settle = bed.pending.iter().position(|action| matches!(action, Action::Settle(..)));
+        let settle = bed.pending.remove(settle.expect("a settle"));
+        let request = Bed::request_of(&settle);
+        bed.give(Input::Settled { request, reply: Err(fault) });
+    }
+    assert!(bed.seen.contains(&Observation::HeartbeatEnded { key, why: HeartbeatEnd::Abandoned }));
+    bed.add(2, "http://b");
+    bed.run(10 * SECOND);
+    assert!(bed.opened().iter().any(|key| key.row.0 == 2), "the worker claims on");
+}

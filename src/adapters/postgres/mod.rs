@@ -89,6 +89,16 @@ impl Postgres {
         const DOING: &str = "migrating";
         let mut connection =
             self.hosts.connect_plain().await.map_err(|error| database("connecting", &error))?;
+        let encoding: String = sqlx::query_scalar("show server_encoding")
+            .persistent(false)
+            .fetch_one(&mut connection)
+            .await
+            .map_err(|error| database(DOING, &error))?;
+        if encoding != "UTF8" {
+            // A text without a form in UTF-8 would make the server refuse the whole reply that it is in.
+            let error = format!("the database's encoding is {encoding}: leasehold needs UTF8");
+            return Err(StoreError::Database { doing: DOING, error });
+        }
         // One transaction with a lock of its own, so that it works through poolers and two first runs don't collide.
         let mut transaction = connection.begin().await.map_err(|error| database(DOING, &error))?;
         let run = |sql: &'static str| sqlx::raw_sql(sql);

@@ -38,9 +38,10 @@ impl Settles {
         self.ready.push_back(key);
     }
 
-    /// **P6**: after an outage settles go before claims.
+    /// **P6**: after an outage settles go before claims, if there are any left.
     pub(super) fn failing(&self) -> bool {
-        self.failures > 0
+        let left = !self.ready.is_empty() || !self.halves.is_empty() || !self.skipped.is_empty();
+        self.failures > 0 && (left || self.under_way.is_some())
     }
 
     pub(super) fn gave_up(&self, key: LeaseKey) -> bool {
@@ -134,7 +135,11 @@ impl Worker {
             Err(fault) => {
                 self.store_failed(StoreCall::Settle, sent, fault.clone(), keys.clone());
                 match fault {
-                    StoreFault::Permanent { error } => self.settle_refused_for_good(keys, error),
+                    StoreFault::Permanent { error } => {
+                        // An answer, if a bad one: the store works.
+                        self.settles.failures = 0;
+                        self.settle_refused_for_good(keys, error);
+                    }
                     StoreFault::Unknown { .. } | StoreFault::NotApplied { .. } => {
                         self.settles.failures = self.settles.failures.saturating_add(1);
                         self.settles.retry_at = self.now.after(self.backoff(self.settles.failures));

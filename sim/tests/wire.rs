@@ -1,0 +1,67 @@
+//! The wire tier: many seeds without a violation, the same trace every time, and proof that it can fail.
+//!
+//! Settings: `SIM_WIRE_SEEDS`, `SIM_PROFILE`.
+#![allow(clippy::expect_used, reason = "a test")]
+
+use sim::bugs::Bug;
+use sim::search::{Plan, search};
+use sim::{Options, Tier, generate, profile_of, run};
+
+const OPTIONS: fn() -> Options = || Options { tier: Tier::Wire, ..Options::default() };
+
+fn setting<T: std::str::FromStr>(name: &str) -> Option<T> {
+    std::env::var(name).ok().map(|text| text.parse().ok().unwrap_or_else(|| panic!("{name}={text}")))
+}
+
+#[test]
+fn no_seed_breaks_an_invariant() {
+    let seeds = setting("SIM_WIRE_SEEDS").unwrap_or(2_000);
+    let threads = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+    let profile = setting("SIM_PROFILE");
+    let plan = Plan { seeds: 0..seeds, profile, options: OPTIONS(), threads, enough: 5 };
+    let report = search(&plan, &|_| {});
+    let found: Vec<String> = report.found.iter().map(sim::search::Found::line).collect();
+    assert!(found.is_empty(), "{}", found.join("\n"));
+    assert!(report.searched * 10 >= report.seeds * 9, "{} seeds tested the promise", report.searched);
+}
+
+fn hashes(seeds: u64) -> Vec<String> {
+    let hash = |seed| format!("{:016x}", run(&generate(seed, profile_of(seed)), OPTIONS()).hash);
+    (0..seeds).map(hash).collect()
+}
+
+/// Also a process of its own: the second half of the next test.
+#[test]
+fn a_seed_has_one_trace() {
+    const OTHER: &str = "SIM_WIRE_OTHER_PROCESS";
+    let mine = hashes(20);
+    if std::env::var_os(OTHER).is_some() {
+        return println!("hashes: {}", mine.join(" "));
+    }
+    assert_eq!(mine, hashes(20), "in one process");
+    let other = std::process::Command::new(std::env::current_exe().expect("this test"))
+        .args(["a_seed_has_one_trace", "--exact", "--nocapture"])
+        .env(OTHER, "1")
+        .output()
+        .expect("this test again");
+    let said = String::from_utf8_lossy(&other.stdout);
+    let theirs = said.lines().find_map(|line| line.split_once("hashes: ")).expect("hashes").1;
+    assert_eq!(mine.join(" "), theirs, "in two processes");
+}
+
+/// Mistakes of the store, the machine and the gateway, by the invariants that find them, within so many seeds.
+#[test]
+fn planted_bugs_are_found() {
+    for (bug, seeds) in BUGS {
+        let options = Options { bug: Some(*bug), ..OPTIONS() };
+        let finds = |seed: &u64| {
+            let violation = run(&generate(*seed, profile_of(*seed)), options).violation;
+            violation.is_some_and(|violation| violation.invariant == bug.invariant())
+        };
+        let found = (0..*seeds).find(finds);
+        println!("{} found by seed {found:?}", bug.name());
+        assert!(found.is_some(), "{} is not found within {seeds} seeds", bug.name());
+    }
+}
+
+const BUGS: &[(Bug, u64)] = &[];
