@@ -28,11 +28,10 @@ impl World<'_> {
         self.calls.push(Call { worker, request, done: false, arrived: None, reply: None, lane, statement });
         self.emit(Fact::CallSent { worker, call, lane });
         let slot = self.processes[worker as usize].slot;
-        let timeout = self.schedule.settings[self.schedule.slots[slot].settings].store_timeout;
         let copy = self.net.rarely(self.weather.duplicate) && matches!(lane, Lane::Renew | Lane::Settle);
         let copy = copy.then(|| ask.clone());
         self.statements.push(Some(Box::new(Statement::new(call, worker, ask))));
-        self.after(timeout, Happening::Driver(worker, Item::TimedOut(call)));
+        self.time_out_after(self.schedule.slots[slot].settings, call);
         self.send_statement(slot, statement);
         if let Some(ask) = copy {
             self.statements.push(Some(Box::new(Statement::new(call, worker, ask))));

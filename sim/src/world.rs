@@ -1,7 +1,7 @@
 //! The world of the event-heap tier: workers, store, destinations and faults, in simulated microseconds.
 
 use std::cmp::Ordering;
-use std::collections::BinaryHeap;
+use std::collections::{BinaryHeap, VecDeque};
 
 use leasehold::machine::WorkerSettings;
 use sim_oracle::{Checks, Fact, Invariant, Lane, Oracle, Setup, Stats, Violation};
@@ -183,6 +183,8 @@ pub struct World<'a> {
     pub(crate) pace: Rng,
     pub(crate) chance: Rng,
     heap: BinaryHeap<Due>,
+    /// Time-outs of calls, in order for each of the schedule's settings: most never happen.
+    timeouts: Vec<VecDeque<(u64, u32)>>,
     pub(crate) worker_settings: Vec<WorkerSettings>,
     pub(crate) store: Store,
     pub(crate) slots: Vec<SlotState>,
@@ -240,6 +242,7 @@ impl<'a> World<'a> {
             pace: Rng::new(schedule.seed, "pace"),
             chance: Rng::new(schedule.seed, "chance"),
             heap: BinaryHeap::with_capacity(256),
+            timeouts: vec![VecDeque::new(); schedule.settings.len()],
             worker_settings,
             store: Store::new(EPOCH, destinations, forgets_until.is_some(), options.bug),
             slots: vec![SlotState::default(); schedule.slots.len()],
@@ -320,9 +323,8 @@ impl<'a> World<'a> {
         let limit = self.schedule.converge_by() + 1;
         let mut steps = 0;
         while self.violation.is_none()
-            && let Some(Due { order, happening }) = self.heap.pop()
+            && let Some((time, happening)) = self.next()
         {
-            let time = (order >> 64) as u64;
             if time > limit {
                 self.now = limit;
                 break;
@@ -353,6 +355,35 @@ impl<'a> World<'a> {
             stats: self.oracle.stats.clone(),
             facts: self.trace.into_facts(),
         }
+    }
+
+    /// Arms the time-out of a call.
+    pub(crate) fn time_out_after(&mut self, settings: usize, call: u32) {
+        let at = self.now + self.schedule.settings[settings].store_timeout;
+        self.timeouts[settings].push_back((at, call));
+    }
+
+    /// Whatever is due first; a time-out before anything else of the same time.
+    fn next(&mut self) -> Option<(u64, Happening)> {
+        let mut first: Option<(u64, usize)> = None;
+        for (settings, queue) in self.timeouts.iter_mut().enumerate() {
+            while queue.front().is_some_and(|(_, call)| self.calls[*call as usize].done) {
+                queue.pop_front();
+            }
+            if let Some((at, _)) = queue.front()
+                && first.is_none_or(|(other, _)| *at < other)
+            {
+                first = Some((*at, settings));
+            }
+        }
+        let due = self.heap.peek().map_or(u64::MAX, |due| (due.order >> 64) as u64);
+        if let Some((at, settings)) = first
+            && at <= due
+            && let Some((_, call)) = self.timeouts[settings].pop_front()
+        {
+            return Some((at, Happening::Driver(self.calls[call as usize].worker, Item::TimedOut(call))));
+        }
+        self.heap.pop().map(|due| ((due.order >> 64) as u64, due.happening))
     }
 
     fn happen(&mut self, happening: Happening) {

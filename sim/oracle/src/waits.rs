@@ -12,8 +12,11 @@ impl Oracle {
             worker.down.is_none() && worker.stopped_since.is_none() && worker.drain_began.is_none()
         });
         let ready = ready.filter(|worker| worker.worst_ppm < 1_000);
-        // A clock that was set back does not move until it has made up for it.
-        let settled = |worker: &Worker| worker.clock_steps.iter().map(|(at, by)| at + by).max().unwrap_or(0);
+        // A clock that was set back, also while it stood still, does not move until it has made up for it.
+        let settled = |worker: &Worker| {
+            let last = worker.clock_steps.last().map_or(0, |(at, _)| *at);
+            last + worker.clock_stepped_since(0)
+        };
         let ready = ready.filter_map(|worker| Some(worker.met_store?.max(settled(worker)))).min()?;
         (self.roomy && self.db_up).then(|| ready.max(self.quiet_since))
     }

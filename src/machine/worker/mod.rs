@@ -297,19 +297,20 @@ impl Worker {
             .first()
             .filter(|_| !planted!(self, FenceNever))
             .map(|(confirmed, _)| self.fence_at(*confirmed));
-        [
-            watch,
-            fence,
-            self.renewal_due_at(),
-            self.alone_due_at(),
-            self.settle_due_at(),
-            self.owned_due_at(),
-            self.claim_due_at(),
-            self.drain_due_at(),
-        ]
-        .into_iter()
-        .flatten()
-        .min()
+        let mut next = watch;
+        let mut or = |due: Option<Moment>| {
+            if let Some(due) = due {
+                next = Some(next.map_or(due, |next| next.min(due)));
+            }
+        };
+        or(fence);
+        or(self.renewal_due_at());
+        or(self.alone_due_at());
+        or(self.settle_due_at());
+        or(self.owned_due_at());
+        or(self.claim_due_at());
+        or(self.drain_due_at());
+        next
     }
 
     /// Set once nothing is left to do: drained, or the outbox was found empty with `until_empty`.
