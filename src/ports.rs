@@ -69,7 +69,7 @@ pub struct Attempt {
     pub key: LeaseKey,
     /// 1-based number of this attempt (`webhook-attempt`).
     pub number: u32,
-    /// Unix seconds for `webhook-timestamp`: the database's time carried forward (design section 6).
+    /// Unix seconds for `webhook-timestamp`: the database's time carried forward.
     pub timestamp: i64,
     /// What to send.
     pub message: Arc<Message>,

@@ -1,4 +1,4 @@
-//! Retry semantics (design section 3): what the result of an attempt means for the event. Integers only.
+//! Retry semantics: what the result of an attempt means for the event. Integers only.
 
 use alloc::format;
 use alloc::string::String;

@@ -179,7 +179,7 @@ impl Row {
         }
     }
 
-    /// The attempt limit: `min(max_attempts, budget + 1)`, budget 0 = off (design section 3).
+    /// The attempt limit: `min(max_attempts, budget + 1)`, budget 0 = off.
     pub fn attempt_limit(max_attempts: u32, retry_budget: u32) -> u32 {
         if retry_budget == 0 { max_attempts } else { max_attempts.min(retry_budget.saturating_add(1)) }
     }

@@ -158,7 +158,7 @@ pub struct Limits {
     pub reclaim_limit: u32,
 }
 
-/// Retry semantics (design section 3). Integers only.
+/// Retry semantics. Integers only.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct RetryPolicy {
     /// Delay after the first failed attempt.

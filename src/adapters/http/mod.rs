@@ -226,7 +226,7 @@ impl HttpGateway {
         self.exchange(connection, request, &whole, &authority, origin, known).await
     }
 
-    /// The request, signed, with the headers of the design's section 6.
+    /// The request, signed, with the headers that README lists.
     fn request(&self, attempt: Attempt, destination: &Destination) -> Result<Outgoing, Failure> {
         let Attempt { key, number, timestamp, message } = attempt;
         let value = |name: &HeaderName, text: &str| {

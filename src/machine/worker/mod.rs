@@ -349,7 +349,7 @@ impl Worker {
         confirmed.after(self.timing().lease()).before(self.timing().fence_margin())
     }
 
-    /// The database's time carried forward by the worker's own clock (design section 6).
+    /// The database's time carried forward by the worker's own clock.
     fn db_now(&self) -> DbTime {
         self.db.map_or_else(DbTime::default, |last| last.db.after(self.now.since(last.received)))
     }
