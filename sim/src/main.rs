@@ -203,7 +203,8 @@ fn bugs(only: Option<Bug>, seeds: Option<u64>, tier: Tier) -> bool {
         "{:<28} {:<8} {:<18} {:>7} {:>7}  also broken first",
         "bug", "place", "invariant", "seed", "budget"
     );
-    for bug in Bug::ALL.iter().copied().filter(|bug| only.is_none_or(|only| only == *bug)) {
+    let wanted = |bug: &Bug| only.is_none_or(|only| only == *bug);
+    for bug in Bug::ALL.iter().copied().filter(wanted) {
         let options = Options { bug: Some(bug), tier, ..Options::default() };
         let mut others: Vec<Invariant> = Vec::new();
         let (mut first, mut hits) = (None, 0);
@@ -330,7 +331,7 @@ fn execute(command: Command) -> Result<bool, String> {
     let options = Options::default();
     match command {
         Command::Run { seeds, from, profile, tier, jobs, enough, bug } => {
-            let options = Options { bug: bug_named(bug)?, tier, ..options };
+            let options = Options { tier, bug: bug_named(bug)?, ..options };
             let threads = jobs.unwrap_or_else(cores);
             let report = watched(&Plan { seeds: from..from + seeds, profile, options, threads, enough });
             for found in report.found.iter().take(enough) {

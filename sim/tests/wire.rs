@@ -49,19 +49,33 @@ fn a_seed_has_one_trace() {
     assert_eq!(mine.join(" "), theirs, "in two processes");
 }
 
-/// Mistakes of the store, the machine and the gateway, by the invariants that find them, within so many seeds.
+/// Mistakes of the store, the machine and the gateway, each by the invariant that is to find it.
 #[test]
 fn planted_bugs_are_found() {
-    for (bug, seeds) in BUGS {
+    const SEEDS: u64 = 60;
+    for bug in BUGS {
         let options = Options { bug: Some(*bug), ..OPTIONS() };
         let finds = |seed: &u64| {
             let violation = run(&generate(*seed, profile_of(*seed)), options).violation;
             violation.is_some_and(|violation| violation.invariant == bug.invariant())
         };
-        let found = (0..*seeds).find(finds);
+        let found = (0..SEEDS).find(finds);
         println!("{} found by seed {found:?}", bug.name());
-        assert!(found.is_some(), "{} is not found within {seeds} seeds", bug.name());
+        assert!(found.is_some(), "{} is not found within {SEEDS} seeds", bug.name());
     }
 }
 
-const BUGS: &[(Bug, u64)] = &[];
+#[rustfmt::skip]
+const BUGS: &[Bug] = &[
+    Bug::GraceIgnored, Bug::ReclaimEarly, Bug::ClaimLateClock, Bug::LeaseFromEarlyClock,
+    Bug::LeaseHalved, Bug::RenewFromEarlyClock, Bug::RenewHalved, Bug::RenewIgnoresToken,
+    Bug::RenewIgnoresOwner, Bug::SettleUnguarded, Bug::SettleIgnoresToken, Bug::SettleRefusesExpired,
+    Bug::TokenKept, Bug::AttemptsKept, Bug::ReleaseSpends, Bug::RetryDueNow,
+    Bug::ClaimIgnoresDue, Bug::ClaimIgnoresSpent, Bug::DoubleClaim, Bug::ClaimTerminal,
+    Bug::NeverReclaim, Bug::LostRow, Bug::SendTwice, Bug::AcceptedIsSuccess,
+    Bug::HeartbeatOnce, Bug::HeartbeatLate, Bug::HeartbeatForgottenOnFailure, Bug::SettleDelayRestarts,
+    Bug::UnknownClaimForgotten, Bug::ClaimStopsAfterFailure, Bug::SearchNever, Bug::SearchSeldom,
+    Bug::LeasesUnlimited, Bug::RequestsUnlimited, Bug::DestinationUnlimited, Bug::DrainWaits,
+    Bug::RetryBeyondLimit, Bug::FailBeforeLimit, Bug::RetryAfterIgnored, Bug::BackoffStuck,
+    Bug::BackoffOffByOne, Bug::UndeliverableRetried,
+];

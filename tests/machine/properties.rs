@@ -25,7 +25,7 @@ enum Step {
     Steal(i64),
     Lock(usize),
     Restart,
-    StepDb(u64),
+    DbMoves(u64),
     Hint,
     Shutdown,
 }
@@ -43,7 +43,7 @@ fn step() -> impl Strategy<Value = Step> {
         1 => (1..10_i64).prop_map(Step::Steal),
         1 => (0..4_usize).prop_map(Step::Lock),
         1 => Just(Step::Restart),
-        1 => (0..6_000_u64).prop_map(Step::StepDb),
+        1 => (0..6_000_u64).prop_map(Step::DbMoves),
         1 => Just(Step::Hint),
         1 => Just(Step::Shutdown),
     ]
@@ -185,7 +185,7 @@ impl World {
                 }
             }
             Step::Restart => self.bed.incarnation += 1,
-            Step::StepDb(millis) => self.bed.db_ahead += Duration::from_millis(*millis),
+            Step::DbMoves(millis) => self.bed.db_ahead += Duration::from_millis(*millis),
             Step::Hint => self.give(Input::Hint),
             Step::Shutdown => self.give(Input::Shutdown),
         }
