@@ -354,12 +354,18 @@ impl World<'_> {
 
     /// Sees to it that the machine is woken in time.
     pub(crate) fn rearm(&mut self, worker: u32) {
-        let now = self.now;
         let process = &mut self.processes[worker as usize];
         if process.dead || process.stops > 0 {
             return;
         }
-        let Some(moment) = process.machine.next_wakeup() else { return };
+        if let Some(moment) = process.machine.next_wakeup() {
+            self.arm(worker, moment);
+        }
+    }
+
+    fn arm(&mut self, worker: u32, moment: Moment) {
+        let now = self.now;
+        let process = &mut self.processes[worker as usize];
         let Some(at) = process.clock.when(moment.as_micros() as i64) else { return };
         let at = at.max(now);
         if at < process.wake_at || process.wake_at < now {
@@ -388,10 +394,10 @@ impl World<'_> {
         if process.stops > 0 {
             return process.inbox.push_back(Item::Wake);
         }
-        if process.machine.next_wakeup().is_some_and(|due| due > local) {
-            return self.rearm(worker);
+        match process.machine.next_wakeup() {
+            Some(due) if due > local => self.arm(worker, due),
+            _ => self.input(worker, Input::Wake),
         }
-        self.input(worker, Input::Wake);
     }
 }
 

@@ -1,5 +1,6 @@
 //! The story of a run: one readable line a step.
 
+use std::collections::BTreeSet;
 use std::fmt::Write as _;
 
 use sim_oracle::{DbClockModel, Fact};
@@ -11,12 +12,18 @@ fn seconds(micros: i64) -> String {
     format!("{:.6}", micros as f64 / 1e6)
 }
 
-/// The story: true time, the database's clock since the beginning, who, what.
+/// The story: true time, the database's clock since the beginning, who, what. Polls that found nothing are left out.
 pub fn story(schedule: &Schedule, facts: &[(u64, Fact)]) -> String {
     let mut text = String::from("   true time     database  who      what\n");
     let mut db = DbClockModel::new(EPOCH);
     let mut begun = vec![false; schedule.faults.len()];
+    let busy = busy_calls(facts);
     for (at, fact) in facts {
+        if let Fact::CallSent { call, .. } | Fact::CallAnswered { call, .. } = fact
+            && !busy.contains(call)
+        {
+            continue;
+        }
         if let Fact::DbStepped { by } = fact {
             db.step(*at, *by);
         }
@@ -25,6 +32,19 @@ pub fn story(schedule: &Schedule, facts: &[(u64, Fact)]) -> String {
         let _ = writeln!(text, "{time:>12} {clock:>12}  {who:<8} {what}");
     }
     text
+}
+
+/// Calls that did something, or failed.
+fn busy_calls(facts: &[(u64, Fact)]) -> BTreeSet<u32> {
+    let call = |(_, fact): &(u64, Fact)| match *fact {
+        Fact::Claimed { call, .. }
+        | Fact::ClaimFailed { call, .. }
+        | Fact::Renewed { call, .. }
+        | Fact::Settled { call, .. }
+        | Fact::CallFailed { call, .. } => Some(call),
+        _ => None,
+    };
+    facts.iter().filter_map(call).collect()
 }
 
 fn worker(number: u32) -> String {

@@ -66,7 +66,7 @@ pub struct Options {
 
 impl Default for Options {
     fn default() -> Self {
-        Self { tier: Tier::Des, checks: Checks::ALL, keep: false, bug: None, check_machines_every: 16 }
+        Self { tier: Tier::Des, checks: Checks::ALL, keep: false, bug: None, check_machines_every: 32 }
     }
 }
 
