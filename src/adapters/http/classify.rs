@@ -97,7 +97,6 @@ pub(super) fn classify(outcome: Result<Parts, Failure>) -> AttemptResult {
 }
 
 #[cfg(test)]
-#[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
     use crate::machine::RetryAfter;

@@ -29,7 +29,6 @@ pub(super) fn retry_after(status: u16, headers: &HeaderMap) -> Option<RetryAfter
 }
 
 #[cfg(test)]
-#[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
 

@@ -130,7 +130,6 @@ fn mac(key: &HmacSha256, parts: &[&[u8]]) -> [u8; 32] {
 }
 
 #[cfg(test)]
-#[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
 
