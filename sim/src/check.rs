@@ -8,11 +8,17 @@ use std::time::Duration;
 
 use leasehold::machine::{
     Action, Answer, AttemptResult, ClaimAnswer, ClaimReply, DbClock, DbTime, DestinationKey, Grant,
-    Incarnation, Input, LeaseKey, Limits, Moment, Observation, OwnedReply, RawTiming, RenewReply,
-    RetryPolicy, Row, RowId, SettleReply, Status, StoreFault, Timing, Token, Worker, WorkerId,
-    WorkerSettings,
+    Incarnation, Input, LeaseKey, Moment, Observation, OwnedReply, Planted, RenewReply, Row, RowId,
+    SettleReply, Status, StoreFault, Token, Worker, WorkerId, WorkerSettings,
 };
+use sim_oracle::Violation;
 use stateright::{Checker, Model, Property};
+
+use crate::bugs::{Bug, Place};
+use crate::schedule::{
+    Cut, Destination, EventPlan, Fault, Manner, Pace, Profile, Schedule, Settings, Slot, Timed,
+};
+use crate::world::Options;
 
 const TICK: Duration = Duration::from_secs(1);
 const ROW: RowId = RowId(1);
@@ -34,6 +40,8 @@ pub struct Bounds {
     pub losses: u8,
     /// Lost calls that may be applied late at a time.
     pub late: usize,
+    /// A mistake of the worker machine.
+    pub bug: Option<Planted>,
 }
 
 /// One store call under way.
@@ -61,6 +69,7 @@ struct Process {
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct State {
     tick: u64,
+    planted: bool,
     row: Row,
     processes: Vec<Process>,
     /// Calls that were lost on the way and may still be applied.
@@ -113,33 +122,37 @@ pub enum Step {
     Resume(usize),
 }
 
-fn settings() -> WorkerSettings {
-    let raw = RawTiming {
-        lease: 4 * TICK,
-        heartbeat: Some(TICK),
-        store_timeout: Some(TICK),
-        fence_margin: Some(TICK),
-        reclaim_grace: Some(TICK),
-    };
-    let limits = Limits {
+const MICROS: u64 = TICK.as_micros() as u64;
+
+/// One request at a time, and everything a tick apart.
+fn settings() -> Settings {
+    Settings {
+        lease: 4 * MICROS,
+        heartbeat: MICROS,
+        store_timeout: MICROS,
+        fence_margin: MICROS,
+        reclaim_grace: MICROS,
         max_in_flight: 1,
         max_in_flight_per_destination: 1,
         max_leased: 1,
         claim_batch: 1,
-        poll_interval: TICK,
-        drain_timeout: 10 * TICK,
+        poll_interval: MICROS,
+        drain_timeout: 10 * MICROS,
+        request_timeout: 60 * MICROS,
         reclaim_limit: 0,
-    };
-    let retry = RetryPolicy {
-        initial: TICK,
-        max: TICK,
-        jitter_bps: 0,
-        budget: 0,
-        retry_after_max: TICK,
-        fail_statuses: [].into(),
-    };
-    let timing = Timing::parse(raw).unwrap_or_else(|error| unreachable!("{error}"));
-    WorkerSettings::parse(timing, limits, retry, 0).unwrap_or_else(|errors| unreachable!("{errors:?}"))
+        retry_initial: MICROS,
+        retry_max: MICROS,
+        retry_jitter_bps: 0,
+        retry_budget: 0,
+        retry_after_max: MICROS,
+        fail_status: 0,
+    }
+}
+
+fn worker_settings(bug: Option<Planted>) -> WorkerSettings {
+    let mut settings = settings().worker(0).unwrap_or_else(|error| unreachable!("{error}"));
+    settings.planted = bug;
+    settings
 }
 
 impl State {
@@ -159,7 +172,10 @@ impl State {
         while let Some(input) = inputs.pop() {
             let worker = &mut self.processes[who].worker;
             worker.handle(now, input);
-            worker.assert_invariants();
+            // Of a worker with a mistake it would say no more than that.
+            if !self.planted {
+                worker.assert_invariants();
+            }
             while let Some(observation) = worker.poll_observation() {
                 self.seen.fenced |= matches!(observation, Observation::Fenced { .. });
             }
@@ -305,6 +321,7 @@ impl Model for Bounds {
     fn init_states(&self) -> Vec<State> {
         let mut state = State {
             tick: 0,
+            planted: self.bug.is_some(),
             row: Row { token: Token(0), ..Row::new(20, DbTime::from_micros(0)) },
             processes: Vec::new(),
             late: Vec::new(),
@@ -314,7 +331,7 @@ impl Model for Bounds {
             seen: Seen::default(),
         };
         for who in 0..self.workers {
-            let worker = Worker::new(name(who), settings(), state.moment());
+            let worker = Worker::new(name(who), worker_settings(self.bug), state.moment());
             state.processes.push(Process {
                 worker,
                 crashed: false,
@@ -479,4 +496,75 @@ pub fn check(bounds: Bounds, threads: usize) -> Report {
         }
     }
     report
+}
+
+/// A schedule of the event heap that does what a path does, as far as a schedule can say it: the order of what happens
+/// within one tick is left to the seed.
+pub fn schedule_of(bounds: Bounds, path: &[Step], seed: u64) -> Schedule {
+    let mut faults = Vec::new();
+    let Some(mut state) = bounds.init_states().pop() else { unreachable!("there is one beginning") };
+    // A tick's window lies around its instant, so that the calls that workers make then are within.
+    let from = |tick: u64| (tick * MICROS).saturating_sub(MICROS * 2 / 5);
+    let mut fault = |at: u64, lasts: u64, fault: Fault| faults.push(Timed { at, lasts: lasts.max(1), fault });
+    let mut lost: Vec<u64> = Vec::new();
+    let mut opened: Vec<Vec<u64>> = vec![Vec::new(); bounds.workers];
+    let mut stopped = vec![0; bounds.workers];
+    for step in path {
+        let tick = state.tick;
+        match *step {
+            Step::Tick | Step::Answer(..) | Step::Apply(..) => {}
+            Step::LoseReply(who, _) => fault(from(tick), MICROS, Fault::Partition(who, Cut::FromStore)),
+            Step::LoseCall(who, _) => {
+                lost.push(tick);
+                fault(from(tick), MICROS, Fault::Partition(who, Cut::FromStore));
+            }
+            Step::Late(late) => {
+                let since = lost.remove(late.min(lost.len().saturating_sub(1)));
+                fault(from(since), MICROS, Fault::LateCommit(65_536, (tick - since) * MICROS));
+            }
+            Step::Respond(who, open) => {
+                let since = opened[who].remove(open);
+                let takes = (tick - since) * MICROS + MICROS / 4;
+                fault(from(since), MICROS, Fault::Manner(0, Manner::Ok(takes, takes)));
+            }
+            Step::Crash(who) => fault(tick * MICROS + MICROS * 2 / 5, u64::MAX, Fault::Crash(who)),
+            Step::Pause(who) => stopped[who] = tick * MICROS + MICROS / 5,
+            Step::Resume(who) => {
+                fault(stopped[who], tick * MICROS + MICROS / 5 - stopped[who], Fault::Pause(who));
+            }
+        }
+        let Some(next) = bounds.next_state(&state, *step) else { break };
+        state = next;
+        for (who, process) in state.processes.iter().enumerate() {
+            opened[who].resize(process.open.len(), state.tick);
+        }
+    }
+    let end = (state.tick + 1) * MICROS;
+    faults.sort_by_key(|timed| timed.at);
+    let event =
+        EventPlan { at: 0, destination: 0, max_attempts: 20, delay: 0, attempts: 0, kills: 0, cursed: false };
+    Schedule {
+        seed,
+        profile: Profile::Edge,
+        settings: vec![settings()],
+        slots: vec![Slot { settings: 0, starts: 1, clock: MICROS, ppm: 0 }; bounds.workers],
+        destinations: vec![Destination { manners: vec![(1, Manner::Hang)] }],
+        events: vec![event],
+        pace: Pace { network: (20, 200), commit: (20, 200), connect: 200, close: 200 },
+        faults,
+        heal_at: end,
+    }
+}
+
+/// Replays a failing path in the event heap: the first of some seeds whose schedule breaks a promise. The oracle there
+/// is stricter than the properties here and may name another one, broken earlier.
+pub fn replay(bounds: Bounds, path: &[Step]) -> Option<(Schedule, Violation)> {
+    const SEEDS: u64 = 256;
+    let place = bounds.bug.map(Place::Machine);
+    let bug = Bug::ALL.iter().copied().find(|bug| Some(bug.place()) == place);
+    (0..SEEDS).find_map(|seed| {
+        let schedule = schedule_of(bounds, path, seed);
+        let violation = crate::run(&schedule, Options { bug, ..Options::default() }).violation?;
+        Some((schedule, violation))
+    })
 }

@@ -6,6 +6,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 use sim::bugs::{Bug, Place};
+use sim::check::Bounds;
 use sim::schedule::Case;
 use sim::search::{Found, Plan, Report, search};
 use sim::shrink::shrink;
@@ -114,6 +115,33 @@ enum Command {
         /// Print the hashes, to be compared with another process's or build's.
         #[arg(long)]
         print: bool,
+    },
+    /// Visit every interleaving of some workers on one event, within bounds.
+    Check {
+        /// How many workers.
+        #[arg(long, default_value_t = 2)]
+        workers: usize,
+        /// The length of a history, in quarters of the lease.
+        #[arg(long, default_value_t = 7)]
+        ticks: u64,
+        /// Workers that die.
+        #[arg(long, default_value_t = 1)]
+        crashes: u8,
+        /// Workers that stop for any time.
+        #[arg(long, default_value_t = 0)]
+        pauses: u8,
+        /// Calls and replies that are lost.
+        #[arg(long, default_value_t = 1)]
+        losses: u8,
+        /// Lost calls that may still be applied, at a time.
+        #[arg(long, default_value_t = 1)]
+        late: usize,
+        /// Plant a bug of the worker machine.
+        #[arg(long)]
+        bug: Option<String>,
+        /// Write a schedule that does what the first failing path does here.
+        #[arg(long)]
+        out: Option<PathBuf>,
     },
     /// Measure.
     Bench {
@@ -327,6 +355,31 @@ fn bench(seeds: u64, wire_seeds: u64) -> bool {
     report.found.is_empty() && wire.found.is_empty()
 }
 
+fn check(bounds: Bounds, out: Option<&Path>) -> Result<bool, String> {
+    let report = sim::check::check(bounds, cores());
+    println!("{} states; never met: {:?}", report.states, report.never);
+    for (failed, path) in &report.failures {
+        println!("FAIL {failed}: {path:?}");
+    }
+    let Some((_, path)) = report.failures.first() else { return Ok(true) };
+    let Some((schedule, violation)) = sim::check::replay(bounds, path) else {
+        println!("no schedule of the event heap does what this path does");
+        return Ok(false);
+    };
+    println!("the event heap finds it too: {violation}");
+    if let Some(out) = out {
+        let place = bounds.bug.map(Place::Machine);
+        let bug = Bug::ALL.iter().find(|bug| Some(bug.place()) == place).map(|bug| bug.name().to_owned());
+        save(out, &Case { found: violation.to_string(), bug, schedule })?;
+    }
+    Ok(false)
+}
+
+fn save(path: &Path, case: &Case) -> Result<(), String> {
+    let text = serde_json::to_string_pretty(case).map_err(|error| error.to_string())?;
+    std::fs::write(path, text + "\n").map_err(|error| format!("{}: {error}", path.display()))
+}
+
 fn execute(command: Command) -> Result<bool, String> {
     let options = Options::default();
     match command {
@@ -365,16 +418,21 @@ fn execute(command: Command) -> Result<bool, String> {
             );
             if let Some(path) = out {
                 let bug = options.bug.map(|bug| bug.name().to_owned());
-                let found = violation.to_string();
-                let case = Case { found, bug, schedule: small.clone() };
-                let text = serde_json::to_string_pretty(&case).map_err(|error| error.to_string())?;
-                std::fs::write(&path, text + "\n").map_err(|error| format!("{}: {error}", path.display()))?;
+                save(&path, &Case { found: violation.to_string(), bug, schedule: small.clone() })?;
             }
             Ok(true)
         }
         Command::Bugs { tier, id, seeds } => Ok(bugs(bug_named(id)?, seeds, tier)),
         Command::Coverage { seeds } => Ok(coverage(seeds)),
         Command::Determinism { tier, seeds, print } => Ok(determinism(seeds, print, tier)),
+        Command::Check { workers, ticks, crashes, pauses, losses, late, bug, out } => {
+            let bug = match bug_named(bug)?.map(Bug::place) {
+                None => None,
+                Some(Place::Machine(planted)) => Some(planted),
+                Some(_) => return Err("only the worker machine is checked with a bug".into()),
+            };
+            check(Bounds { workers, ticks, crashes, pauses, losses, late, bug }, out.as_deref())
+        }
         Command::Bench { seeds, wire_seeds } => Ok(bench(seeds, wire_seeds)),
     }
 }

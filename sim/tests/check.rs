@@ -2,11 +2,14 @@
 
 use std::collections::BTreeSet;
 
-use sim::check::{Bounds, check};
+use leasehold::machine::Planted;
+use sim::check::{Bounds, check, replay};
+use sim::{Options, run};
+use sim_oracle::Invariant;
 
 #[test]
 fn every_interleaving_of_two_workers_on_one_event_holds() {
-    let base = Bounds { workers: 2, ticks: 6, crashes: 1, pauses: 0, losses: 1, late: 1 };
+    let base = Bounds { workers: 2, ticks: 6, crashes: 1, pauses: 0, losses: 1, late: 1, bug: None };
     let runs = [base, Bounds { ticks: 7, pauses: 1, losses: 0, ..base }];
     let mut states = 0;
     let mut never: Option<BTreeSet<&str>> = None;
@@ -20,4 +23,23 @@ fn every_interleaving_of_two_workers_on_one_event_holds() {
     }
     assert_eq!(never, Some(BTreeSet::new()), "conditions that were never met");
     assert!(states >= 1_000_000, "only {states} states");
+}
+
+#[test]
+fn a_path_to_a_planted_bug_breaks_a_promise_in_the_event_heap_too() {
+    for (bug, expected) in [
+        (Planted::UnknownClaimForgotten, Invariant::S2),
+        (Planted::HeartbeatForgottenOnFailure, Invariant::S3),
+    ] {
+        let bounds =
+            Bounds { workers: 2, ticks: 9, crashes: 0, pauses: 0, losses: 1, late: 0, bug: Some(bug) };
+        let report = check(bounds, 2);
+        let (failed, path) = report.failures.first().unwrap_or_else(|| panic!("{bug:?} was not found"));
+        let (schedule, violation) =
+            replay(bounds, path).unwrap_or_else(|| panic!("{failed}: no schedule does {path:?}"));
+        assert_eq!(violation.invariant, expected, "{violation}");
+        // It is the mistake that breaks it, not the schedule.
+        let sound = run(&schedule, Options::default()).violation;
+        assert_eq!(sound.map(|violation| violation.to_string()), None);
+    }
 }

@@ -6,3 +6,4 @@ mod properties;
 mod retry;
 mod scenarios;
 mod settings;
+mod world;

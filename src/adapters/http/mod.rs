@@ -44,6 +44,7 @@ use destination::without_dot;
 pub use destination::{
     AddressRules, AllowRule, AllowRuleError, Destination, DestinationError, HostPattern, is_public,
 };
+pub use retry_after::retry_after;
 pub use signature::{Secret, SecretError, Signer};
 
 const AGENT: HeaderValue = HeaderValue::from_static(concat!("leasehold/", env!("CARGO_PKG_VERSION")));

@@ -8,7 +8,7 @@ use crate::machine::{DbTime, RetryAfter};
 
 /// What a 429 or 503 asks for. Delay seconds saturate; a date counts from the response's own `Date`, so that neither
 /// clock needs to be right. `None` for every other status, and for what doesn't parse.
-pub(super) fn retry_after(status: u16, headers: &HeaderMap) -> Option<RetryAfter> {
+pub fn retry_after(status: u16, headers: &HeaderMap) -> Option<RetryAfter> {
     if !matches!(status, 429 | 503) {
         return None;
     }
