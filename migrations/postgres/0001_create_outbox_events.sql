@@ -76,3 +76,27 @@ create index outbox_events_probation on leasehold.outbox_events (next_attempt_at
 -- Leased events: the source of the search for expired leases, and what an owner holds.
 create index outbox_events_leased on leasehold.outbox_events (lease_owner, id)
     where lease_owner is not null;
+
+-- Who sleeps, and until when that counts. A NOTIFY makes all commits of the instance queue up, so that it must not be in
+-- every producer's: it is sent only while somebody sleeps, and under load nobody does.
+create unlogged table leasehold.sleepers (
+    worker text primary key,
+    until timestamptz not null
+);
+
+-- At commit, so that who fell asleep during a long transaction is seen; with its owner's rights, since a producer may
+-- have none but to insert. A worker that falls asleep just then looks once more, or finds the event at its next poll.
+create function leasehold.wake() returns trigger
+    language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
+begin
+    if exists (select from leasehold.sleepers where until > clock_timestamp()) then
+        perform pg_notify('leasehold_events', '');
+    end if;
+    return null;
+end
+$$;
+create constraint trigger wake
+    after insert on leasehold.outbox_events
+    deferrable initially deferred
+    for each row when (new.delivery_status = 'pending')
+    execute function leasehold.wake();

@@ -137,6 +137,7 @@ fn settings() -> Settings {
         max_leased: 1,
         claim_batch: 1,
         poll_interval: MICROS,
+        eager_poll: MICROS,
         drain_timeout: 10 * MICROS,
         request_timeout: 60 * MICROS,
         reclaim_limit: 0,

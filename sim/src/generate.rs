@@ -134,6 +134,7 @@ fn make_settings(rng: &mut Rng, profile: Profile, events: u32) -> Settings {
         grace = if rng.percent(25) { 0 } else { rng.spread(1, lease / 2) };
     }
     let roomy = rng.percent(60);
+    let poll_interval = rng.spread(lease / 30, lease / 4);
     let initial = rng.spread(10 * MS, S);
     let drain = 2 * timeout + rng.within(2 * MS, 2 * lease);
     Settings {
@@ -146,7 +147,9 @@ fn make_settings(rng: &mut Rng, profile: Profile, events: u32) -> Settings {
         max_in_flight_per_destination: if roomy { events.max(1) * 2 } else { rng.within(1, 4) as u32 },
         max_leased: if roomy { events.max(1) * 4 } else { rng.within(1, 16) as u32 },
         claim_batch: if roomy { events.max(1) * 2 } else { rng.within(1, 8) as u32 },
-        poll_interval: rng.spread(lease / 30, lease / 4),
+        poll_interval,
+        // Slower than the default, or the heap would hold little else.
+        eager_poll: rng.spread(poll_interval / 4, poll_interval),
         drain_timeout: drain,
         request_timeout: rng.within(lease / 4, 3 * lease),
         reclaim_limit: if profile == Profile::Poison || rng.percent(30) {

@@ -105,6 +105,7 @@ pub struct Settings {
     pub max_leased: u32,
     pub claim_batch: u32,
     pub poll_interval: u64,
+    pub eager_poll: u64,
     pub drain_timeout: u64,
     pub request_timeout: u64,
     pub reclaim_limit: u32,
@@ -148,7 +149,10 @@ impl Settings {
             retry_after_max: us(self.retry_after_max),
             fail_statuses: BTreeSet::from_iter((self.fail_status > 0).then_some(self.fail_status)),
         };
-        WorkerSettings::parse(timing, limits, retry, seed).map_err(|errors| format!("{errors:?}"))
+        let mut settings =
+            WorkerSettings::parse(timing, limits, retry, seed).map_err(|errors| format!("{errors:?}"))?;
+        settings.eager_poll = us(self.eager_poll);
+        Ok(settings)
     }
 
     /// As the oracle wants them.

@@ -68,6 +68,9 @@ pub struct ClaimRequest {
     pub shares: Vec<(DestinationKey, u32)>,
     /// Whether the reply must say if any event is pending at all.
     pub count_pending: bool,
+    /// Nothing was found for a while, so that the worker polls slowly from now on: the store may wake it when there is
+    /// new work ([`Input::Hint`]). What was committed before it says so is found by this very claim.
+    pub asleep: bool,
 }
 
 /// One event that was claimed, as far as the machine needs to know it.

@@ -183,6 +183,8 @@ pub struct WorkerSettings {
     retry: RetryPolicy,
     /// Keys the jitter: equal seeds draw equal jitter for the same event and attempt.
     pub seed: u64,
+    /// The fastest polling: for a second after a claim that found something, before the worker sleeps.
+    pub eager_poll: Duration,
     /// End by itself once no event is pending (`run --until-empty`).
     pub until_empty: bool,
     /// A mistake for the simulator to find.
@@ -295,6 +297,7 @@ impl WorkerSettings {
                 limits,
                 retry,
                 seed,
+                eager_poll: 2 * MILLISECOND,
                 until_empty: false,
                 #[cfg(feature = "planted-bugs")]
                 planted: None,

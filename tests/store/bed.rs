@@ -87,6 +87,7 @@ pub(crate) trait Bed {
             share: 100,
             shares: Vec::new(),
             count_pending: false,
+            asleep: false,
         }
     }
     /// Claims with nothing special, and returns the leases.

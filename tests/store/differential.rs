@@ -344,6 +344,7 @@ fn request_of(step: &Step, rows: &Rows) -> Option<Request> {
                     })
                     .collect(),
                 count_pending: true,
+                asleep: false,
             })
         }
         Step::Renew { owner, of, millis } => {

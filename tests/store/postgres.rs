@@ -3,13 +3,13 @@
 use std::time::Duration;
 
 use leasehold::adapters::postgres::{Postgres, PostgresOptions};
-use leasehold::adapters::store::NewEvent;
 use leasehold::machine::{
-    Answer, ClaimFailure, LeaseKey, RenewRequest, Row as Model, RowId, SettleRequest, Status, StoreFault,
-    Token, WorkerId,
+    Answer, ClaimFailure, ClaimRequest, LeaseKey, RenewRequest, Row as Model, RowId, SettleRequest, Status,
+    StoreFault, Token, WorkerId,
 };
 use leasehold::ports::Outbox;
 use serde_json::Value;
+use sqlx::postgres::PgListener;
 use sqlx::{AssertSqlSafe, Connection, PgConnection, Row as _};
 
 use crate::bed::{
@@ -234,10 +234,58 @@ fn everything_works_without_session_state() {
 }
 
 #[test]
-fn enqueue_wakes_a_listener() {
+fn a_commit_wakes_workers_only_while_one_sleeps() {
     on_postgres(async |bed| {
-        let listener = bed.again().await;
-        let listening = tokio::spawn(async move { listener.hint().await });
+        let producer = format!("producer_of_{}", bed.database);
+        let mut session = session(bed).await;
+        exec(
+            &mut session,
+            &format!(
+                "create role {producer}; grant usage on schema leasehold to {producer};
+                 grant insert (event_type, destination_url, payload) on leasehold.outbox_events to {producer};
+                 set role {producer}"
+            ),
+        )
+        .await;
+        const INSERT: &str = "insert into leasehold.outbox_events (event_type, destination_url, payload)
+            values ('t', 'https://a.example', '{}')";
+        let mut listener = PgListener::connect_with(&bed.pool).await.unwrap();
+        listener.listen("leasehold_events").await.unwrap();
+
+        // What a producer's commit sent comes before what is sent after it.
+        let mut committed = async |wakes: bool, why: &str| {
+            exec(&mut session, INSERT).await;
+            sqlx::query("select pg_notify('leasehold_events', 'after')").execute(&bed.pool).await.unwrap();
+            let first = listener.recv().await.unwrap();
+            assert_eq!(first.payload() != "after", wakes, "{why}");
+            if wakes {
+                assert_eq!(listener.recv().await.unwrap().payload(), "after");
+            }
+        };
+        committed(false, "nobody ever slept").await;
+        let claim = async |asleep| bed.claim(ClaimRequest { asleep, ..bed.request("w") }).await;
+        claim(true).await;
+        claim(true).await;
+        committed(true, "one sleeps").await;
+        claim(false).await;
+        committed(false, "it is awake again").await;
+        claim(true).await;
+        exec(
+            &mut self::session(bed).await,
+            "update leasehold.sleepers set until = now() - interval '1 second'",
+        )
+        .await;
+        committed(false, "it has not been heard of for a minute").await;
+        exec(&mut session, &format!("reset role; drop owned by {producer}; drop role {producer}")).await;
+    });
+}
+
+#[test]
+fn a_sleeping_worker_is_given_a_hint() {
+    on_postgres(async |bed| {
+        let worker = bed.again().await;
+        worker.claim(ClaimRequest { asleep: true, ..bed.request("w") }).await.unwrap();
+        let listening = tokio::spawn(async move { worker.hint().await });
         loop {
             let sql = "select count(*) from pg_stat_activity where datname = current_database()
                  and query ilike 'listen%' and state = 'idle'";
@@ -248,15 +296,7 @@ fn enqueue_wakes_a_listener() {
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
         assert!(!listening.is_finished());
-        let event = NewEvent {
-            event_id: None,
-            event_type: "t".into(),
-            destination_url: A.into(),
-            payload: "{}".into(),
-            max_attempts: None,
-            next_attempt_at: None,
-        };
-        bed.enqueue(&[event]).await.unwrap();
+        bed.due().await;
         tokio::time::timeout(Duration::from_secs(60), listening).await.expect("a wake-up").unwrap();
     });
 }

@@ -54,7 +54,7 @@ macro_rules! structs {
 }
 structs! {
     ClaimTerms { lease, grace, retry_budget, reclaim_limit, expired }
-    ClaimRequest { owner, terms, limit, incarnation, probation, share, shares, count_pending }
+    ClaimRequest { owner, terms, limit, incarnation, probation, share, shares, count_pending, asleep }
     RenewRequest { owner, lease, keys, wait }
     SettleRequest { owner, entries }
     OwnedRequest { owner }

@@ -61,12 +61,13 @@ probation as materialized (
     order by next_attempt_at, id
     limit $9
 ),
+-- The front of the queue, whoever it is for. To leave out the rows of full destinations here would be to read all of
+-- their backlog at every claim: they count towards the limit, and what they displace is reached further below.
 fresh as materialized (
     select id, destination_key, next_attempt_at, pg_column_size(payload) as stored, 2 as turn, false as probation
     from leasehold.outbox_events
     where delivery_status = 'pending' and lease_owner is null and reclaims < 3
         and next_attempt_at <= leasehold.early_now()
-        and destination_key <> all (array(select key from rooms where room <= 0))
     order by next_attempt_at, id
     limit $8
 ),

@@ -15,6 +15,7 @@ use sqlx::postgres::{PgArguments, PgListener, PgPool, PgRow, Postgres as Databas
 use sqlx::query::Query;
 use sqlx::{Connection, Row as _};
 use tokio::sync::Mutex;
+use tokio::time::Instant;
 
 use self::connect::Hosts;
 use self::error::{after_send, not_connected, text};
@@ -26,12 +27,17 @@ use crate::machine::{
 };
 use crate::ports::{Claimed, Message, Outbox};
 
-/// Sent by `enqueue` after a commit, and listened to by workers.
+/// Sent by the insert trigger while a worker sleeps, and listened to by workers.
 const CHANNEL: &str = "leasehold_events";
+/// How long a worker that said so counts as asleep. A dead one is forgotten after that.
+const SLEEP_FOR: Duration = Duration::from_secs(60);
 
 const CLAIM: &str = include_str!("claim.sql");
 const RENEW: &str = include_str!("renew.sql");
 const SETTLE: &str = include_str!("settle.sql");
+const SLEEP: &str = "insert into leasehold.sleepers (worker, until) values ($1, clock_timestamp() + $2 * interval '1 microsecond')
+     on conflict (worker) do update set until = excluded.until";
+const AWAKE: &str = "delete from leasehold.sleepers where worker = $1 or until < clock_timestamp()";
 const OWNED: &str =
     "select (extract(epoch from leasehold.late_now()) * 1000000)::bigint as db_now, id, lease_token as token
      from (select) as always left join leasehold.outbox_events on lease_owner = $1";
@@ -58,6 +64,8 @@ pub struct Postgres {
     renewals: PgPool,
     options: PostgresOptions,
     listener: Mutex<Option<PgListener>>,
+    /// Until when what the table of sleepers says of this worker needn't be said again; `None` if it doesn't sleep.
+    asleep_until: Mutex<Option<Instant>>,
     renew: String,
     renew_waiting: String,
 }
@@ -76,6 +84,7 @@ impl Postgres {
             hosts,
             options,
             listener: Mutex::new(None),
+            asleep_until: Mutex::new(None),
             renew: marked.replace("/* skip locked */", "skip locked"),
             renew_waiting: waiting,
         })
@@ -190,12 +199,6 @@ impl Postgres {
             .map_err(doing)?;
             ids.extend(rows);
         }
-        sqlx::query("select pg_notify($1, '')")
-            .persistent(false)
-            .bind(CHANNEL)
-            .execute(&mut *transaction)
-            .await
-            .map_err(doing)?;
         transaction.commit().await.map_err(doing)?;
         Ok(ids)
     }
@@ -249,6 +252,26 @@ impl Postgres {
             .fetch_one(&self.calls)
             .await
             .map_err(|error| database("connecting", &error))
+    }
+
+    /// Says in the table of sleepers whether this worker sleeps, if that isn't what it says there already. Should it
+    /// fail, new events are found by polling.
+    async fn say_asleep(&self, owner: &WorkerId, asleep: bool) {
+        if !self.options.prepared_statements {
+            // Without a listener nothing could wake it.
+            return;
+        }
+        let mut said = self.asleep_until.lock().await;
+        let query = match (asleep, *said) {
+            (false, None) => return,
+            (true, Some(until)) if Instant::now() < until => return,
+            (true, _) => sqlx::query(SLEEP).bind(owner.as_str().to_owned()).bind(micros(SLEEP_FOR)),
+            (false, Some(_)) => sqlx::query(AWAKE).bind(owner.as_str().to_owned()),
+        };
+        *said = asleep.then(|| Instant::now() + SLEEP_FOR / 2);
+        if let Err(fault) = self.call(&self.calls, query).await {
+            tracing::debug!(%fault, "could not say whether this worker sleeps; it polls all the same");
+        }
     }
 
     /// One call on a connection of `pool`, which is closed unless the call ends well.
@@ -324,6 +347,7 @@ fn unreadable(error: &sqlx::Error) -> StoreFault {
 
 impl Outbox for Postgres {
     async fn claim(&self, request: ClaimRequest) -> Result<Claimed, StoreFault> {
+        self.say_asleep(&request.owner, request.asleep).await;
         let (keys, rooms): (Vec<String>, Vec<i32>) =
             request.shares.iter().map(|(key, room)| (key.as_str().to_owned(), count(*room))).unzip();
         let query = sqlx::query(CLAIM)

@@ -14,6 +14,9 @@ use super::super::row::{ClaimTerms, PROBATION_RECLAIMS};
 use super::super::time::Moment;
 use super::{Cycle, Heartbeat, Held, Outcome, Phase, Worker};
 
+/// How long a worker polls eagerly after it found something: long enough that under load none ever sleeps.
+const AWAKE: Duration = Duration::from_secs(1);
+
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 struct UnderWay {
     request: RequestId,
@@ -28,6 +31,8 @@ pub(super) struct Claims {
     under_way: Option<UnderWay>,
     /// The next poll.
     at: Moment,
+    /// Until then polling is eager: the last claim that found something is no second ago.
+    awake_until: Moment,
     /// The last claim was full: there is likely more.
     backlog: bool,
     /// A destination whose share limited the last claim has room again.
@@ -49,6 +54,7 @@ impl Claims {
         Self {
             under_way: None,
             at: now,
+            awake_until: now.after(AWAKE),
             backlog: false,
             refill: false,
             search_at: now,
@@ -151,6 +157,7 @@ impl Worker {
             share,
             shares: shares.iter().map(|(name, room)| (name.clone(), *room)).collect(),
             count_pending: self.settings.until_empty,
+            asleep: self.claims.awake_until <= self.now,
         };
         self.claims.refill = false;
         self.claims.under_way = Some(UnderWay { request, sent: self.now, limit, shares });
@@ -210,6 +217,13 @@ impl Worker {
         self.incarnation = Some(reply.incarnation);
         let found = u32::try_from(reply.grants.len() + reply.failed.len()).unwrap_or(u32::MAX);
         self.claims.backlog = found >= under_way.limit;
+        if found > 0 {
+            self.claims.awake_until = self.now.after(AWAKE);
+        }
+        // After a full claim the next one waits until it is worth it.
+        if self.now < self.claims.awake_until && !self.claims.backlog {
+            self.claims.at = self.claims.at.min(self.now.after(self.settings.eager_poll));
+        }
         if let Some(due) = reply.next_due_in
             && (found > 0 || !due.is_zero())
         {
