@@ -266,7 +266,7 @@ impl<'a> Real<'a> {
 }
 
 /// One call as the simulated outbox would answer it.
-async fn call(store: Arc<Postgres>, ask: Ask) -> Result<Reply, StoreFault> {
+async fn call(store: &Postgres, ask: Ask) -> Result<Reply, StoreFault> {
     Ok(match ask {
         Ask::Claim(request) => Reply::Claim(store.claim(request).await?.reply),
         Ask::Renew(request) => Reply::Renew(store.renew(request).await?),
@@ -486,7 +486,8 @@ impl Pair<'_, '_> {
         }
         let ask = self.ask(what);
         let id = self.sim.begin(ask.clone());
-        let call = tokio::spawn(call(Arc::clone(&self.real.stores[session]), ask.clone()));
+        let (store, asked) = (Arc::clone(&self.real.stores[session]), ask.clone());
+        let call = tokio::spawn(async move { call(&store, asked).await });
         let began = (self.real.bed.now(), self.commits);
         let (at, overtaken, changed, after) = (At::BeforeLocks, false, false, None);
         self.sessions[session] = Some(Running { id, ask, at, call, began, overtaken, changed, after });
@@ -672,7 +673,7 @@ impl Pair<'_, '_> {
                 let look = self.sim.begin(ask.clone());
                 self.sim.lock(look);
                 let expected = self.sim.commit(look).map(|(reply, _)| sorted(reply));
-                let told = call(Arc::clone(&self.real.stores[0]), ask).await;
+                let told = call(self.real.bed.store(), ask).await;
                 prop_assert_eq!(told.ok().map(sorted), expected);
                 let open =
                     |running: &Running| running.at == At::BeforeCommit && kind(&running.ask) == "claim";
