@@ -69,14 +69,12 @@ impl World<'_> {
 
     /// A statement reaches the server.
     pub(crate) fn arrive(&mut self, id: u32) {
-        let (now, epoch) = (self.now, self.store.epoch);
-        let refused = !self.store.up || self.store.read_only;
         let Some(statement) = &mut self.statements[id as usize] else { return };
-        (statement.began, statement.epoch) = (now, epoch);
-        let call = statement.call;
-        if refused {
+        if !self.store.up || self.store.read_only {
+            let call = statement.call;
             return self.reply(call, Reply::NotApplied);
         }
+        self.store.begin(statement, self.now);
         let stall = if self.weather.stall > 0 { self.pace.below(self.weather.stall + 1) } else { 0 };
         if stall > 0 {
             self.after(stall, Happening::LocksTurn(id));

@@ -11,6 +11,7 @@ mod calls;
 pub mod check;
 mod faults;
 mod generate;
+pub mod outbox;
 mod plain;
 mod process;
 mod requests;

@@ -1,12 +1,14 @@
 //! Statements: what a store call asks, and what it is answered.
 
+use std::time::Duration;
+
 use leasehold::machine::{
     ClaimReply, ClaimRequest, OwnedReply, OwnedRequest, RenewReply, RenewRequest, SettleReply, SettleRequest,
 };
 
 /// What a statement asks for.
 #[derive(Clone, Debug)]
-pub(crate) enum Ask {
+pub enum Ask {
     /// See [`ClaimRequest`].
     Claim(ClaimRequest),
     /// See [`RenewRequest`].
@@ -18,8 +20,8 @@ pub(crate) enum Ask {
 }
 
 /// What a statement answers.
-#[derive(Clone, Debug)]
-pub(crate) enum Reply {
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Reply {
     /// To a claim.
     Claim(ClaimReply),
     /// To a renewal.
@@ -51,13 +53,31 @@ pub(crate) struct Statement {
     pub(crate) epoch: u32,
     /// Rows that it has locked.
     pub(crate) rows: Vec<u32>,
-    /// Whether it searches for expired leases.
+    /// A claim: whether it searches for expired leases.
     pub(crate) searched: bool,
+    /// A claim: rows that it takes, and whether on probation.
+    pub(crate) picked: Vec<(u32, bool)>,
+    /// A claim: when it began, how long until the next event was due.
+    pub(crate) next_due_in: Option<Duration>,
+    /// A claim: when it began, how many events were pending.
+    pub(crate) pending: usize,
 }
 
 impl Statement {
     /// A statement that has not begun.
     pub(crate) fn new(call: u32, worker: u32, ask: Ask) -> Self {
-        Self { call, worker, ask, began: 0, locked: 0, epoch: 0, rows: Vec::new(), searched: false }
+        Self {
+            call,
+            worker,
+            ask,
+            began: 0,
+            locked: 0,
+            epoch: 0,
+            rows: Vec::new(),
+            searched: false,
+            picked: Vec::new(),
+            next_due_in: None,
+            pending: 0,
+        }
     }
 }

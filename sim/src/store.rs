@@ -2,8 +2,8 @@
 //! a late one, row locks, SKIP LOCKED, commits apart from replies, and a server that restarts and forgets.
 
 use leasehold::machine::{
-    Answer, ClaimAnswer, ClaimFailure, ClaimReply, ClaimRequest, DbClock, DbTime, DestinationKey, Grant,
-    Incarnation, LeaseKey, OwnedReply, RenewReply, RenewRequest, Row, RowId, Settle, SettleReply,
+    Answer, ClaimAnswer, ClaimFailure, ClaimReply, ClaimRequest, ClaimTerms, DbClock, DbTime, DestinationKey,
+    Grant, Incarnation, LeaseKey, OwnedReply, RenewReply, RenewRequest, Row, RowId, Settle, SettleReply,
     SettleRequest, Status, WorkerId,
 };
 use sim_oracle::{DbClockModel, Fact};
@@ -34,13 +34,6 @@ pub(crate) struct Meta {
     pub(crate) exists: bool,
 }
 
-/// When a statement began and when it had its locks.
-#[derive(Clone, Copy)]
-struct View {
-    began: u64,
-    locked: u64,
-}
-
 /// See the module's documentation.
 #[derive(Debug)]
 pub(crate) struct Store {
@@ -62,7 +55,7 @@ pub(crate) struct Store {
     /// Rows before each commit, if a failover may want them: (when, row, what it was).
     pub(crate) history: Option<Vec<(u64, u32, Option<Row>)>>,
     pub(crate) waiting: Vec<(u32, u32)>,
-    pub(crate) candidates: Vec<(bool, DbTime, u32)>,
+    pub(crate) candidates: Vec<(u8, DbTime, u32)>,
     pub(crate) rooms: Vec<u32>,
     pub(crate) bug: Option<Bug>,
 }
@@ -111,14 +104,20 @@ impl Store {
         due.as_micros()
     }
 
+    /// The statement's start: its early clock, and for a claim what it picks, by what is committed now. Locks are not
+    /// looked at yet.
+    pub(crate) fn begin(&mut self, statement: &mut Statement, now: u64) {
+        (statement.began, statement.epoch) = (now, self.epoch);
+        if matches!(statement.ask, Ask::Claim(_)) {
+            self.pick(statement);
+        }
+    }
+
     /// Takes locks. Answers `false` if the statement waits for one.
     pub(crate) fn begin_work(&mut self, id: u32, statement: &mut Statement, now: u64) -> bool {
         statement.locked = now;
         match &statement.ask {
-            Ask::Claim(request) => {
-                let view = View { began: statement.began, locked: statement.locked };
-                statement.searched = self.select(id, view, &mut statement.rows, request);
-            }
+            Ask::Claim(_) => self.lock_picked(id, statement),
             Ask::Renew(request) => {
                 if request.wait
                     && let Some(row) = request.keys.first().map(|key| row_of(*key))
@@ -147,44 +146,62 @@ impl Store {
         }
     }
 
-    /// Picks and locks the rows of a claim. Answers whether expired leases were among those looked at.
-    fn select(&mut self, id: u32, view: View, rows: &mut Vec<u32>, request: &ClaimRequest) -> bool {
-        let early = self.db(view.began);
-        let seen = if self.has(Bug::ClaimLateClock) { self.db(view.locked + 50_000) } else { early };
-        let up_for = view.began.saturating_sub(self.booted);
-        let long_up = self.booted == 0 || Duration::from_micros(up_for) >= request.terms.lease;
-        let known = request.incarnation.as_ref() == Some(&self.incarnation);
-        let searched = request.terms.expired && long_up && known;
+    /// The clock that a claim compares with.
+    fn seen(&self, began: u64) -> DbTime {
+        self.db(if self.has(Bug::ClaimLateClock) { began + 50_000 } else { began })
+    }
+
+    fn eligible(&self, row: u32, seen: DbTime, terms: &ClaimTerms) -> bool {
+        let state = &self.rows[row as usize];
+        match self.bug {
+            Some(Bug::ClaimIgnoresDue) => state.eligible(seen.max(state.next_attempt_at), terms),
+            Some(Bug::ReclaimEarly) if state.lease.is_some() => {
+                state.eligible(seen.after(terms.grace + terms.lease / 10), terms)
+            }
+            Some(Bug::ClaimTerminal) => {
+                let again =
+                    state.status == Status::Delivered && seen.since(state.next_attempt_at).as_secs() > 3;
+                again || state.eligible(seen, terms)
+            }
+            _ => state.eligible(seen, terms),
+        }
+    }
+
+    fn terms(&self, request: &ClaimRequest, searched: bool) -> ClaimTerms {
         let mut terms = request.terms;
         terms.expired = searched && !self.has(Bug::NeverReclaim);
         if self.has(Bug::GraceIgnored) {
             terms.grace = Duration::ZERO;
         }
-        let bug = self.bug;
+        terms
+    }
+
+    /// Picks the rows of a claim: expired leases, events on probation, fresh ones.
+    fn pick(&mut self, statement: &mut Statement) {
+        let Ask::Claim(request) = &statement.ask else { return };
+        let early = self.db(statement.began);
+        let seen = self.seen(statement.began);
+        let up_for = statement.began.saturating_sub(self.booted);
+        let long_up = self.booted == 0 || Duration::from_micros(up_for) >= request.terms.lease;
+        let known = request.incarnation.as_ref() == Some(&self.incarnation);
+        statement.searched = request.terms.expired && long_up && known;
+        let terms = self.terms(request, statement.searched);
         let mut candidates = std::mem::take(&mut self.candidates);
         candidates.clear();
+        let mut next_due = None;
         let mut consider = |row: u32| {
-            let (state, meta) = (&self.rows[row as usize], self.meta[row as usize]);
-            if meta.lock != Lock::Free || !meta.exists {
-                return;
+            let state = &self.rows[row as usize];
+            let (leased, probation, due) =
+                (state.lease.is_some(), state.on_probation(), state.next_attempt_at);
+            if !leased && !probation && due > early {
+                next_due = Some(next_due.map_or(due, |next: DbTime| next.min(due)));
             }
-            let eligible = match bug {
-                Some(Bug::ClaimIgnoresDue) => state.eligible(seen.max(state.next_attempt_at), &terms),
-                Some(Bug::ReclaimEarly) if state.lease.is_some() => {
-                    state.eligible(seen.after(terms.grace + terms.lease / 10), &terms)
-                }
-                Some(Bug::ClaimTerminal) => {
-                    let again =
-                        state.status == Status::Delivered && seen.since(state.next_attempt_at).as_secs() > 3;
-                    again || state.eligible(seen, &terms)
-                }
-                _ => state.eligible(seen, &terms),
-            };
-            if eligible {
-                candidates.push((state.lease.is_none(), state.next_attempt_at, row));
+            if self.meta[row as usize].exists && self.eligible(row, seen, &terms) {
+                let turn = if probation { 1 } else { 2 * u8::from(!leased) };
+                candidates.push((turn, due, row));
             }
         };
-        if bug == Some(Bug::ClaimTerminal) {
+        if self.has(Bug::ClaimTerminal) {
             (0..self.rows.len() as u32).for_each(&mut consider);
         } else {
             self.pending.iter().copied().for_each(&mut consider);
@@ -196,25 +213,42 @@ impl Store {
             self.rooms.push(room.map_or(request.share, |at| request.shares[at].1));
         }
         let mut probation = request.probation;
-        for &(_, _, row) in &candidates {
-            if rows.len() >= request.limit as usize {
+        for &(turn, _, row) in &candidates {
+            if statement.picked.len() >= request.limit as usize {
                 break;
             }
-            let meta = &mut self.meta[row as usize];
-            let room = &mut self.rooms[usize::from(meta.destination)];
-            let on_probation = self.rows[row as usize].on_probation();
-            if (*room == 0 && bug != Some(Bug::ClaimIgnoresShare)) || (on_probation && probation == 0) {
+            let room = &mut self.rooms[usize::from(self.meta[row as usize].destination)];
+            let suspect = turn == 1;
+            if (*room == 0 && self.bug != Some(Bug::ClaimIgnoresShare)) || (suspect && probation == 0) {
                 continue;
             }
             *room = room.saturating_sub(1);
-            probation -= u32::from(on_probation);
-            if bug != Some(Bug::DoubleClaim) {
+            probation -= u32::from(suspect);
+            statement.picked.push((row, suspect));
+        }
+        self.candidates = candidates;
+        statement.next_due_in = next_due.map(|due| due.since(early));
+        statement.pending = self.pending.len();
+    }
+
+    /// Locks what a claim picked and nobody has locked. What changed since is seen as it is now: it stays locked, but
+    /// is claimed only if it still may be. Nothing else is taken in its place.
+    fn lock_picked(&mut self, id: u32, statement: &mut Statement) {
+        let Ask::Claim(request) = &statement.ask else { return };
+        let seen = self.seen(statement.began);
+        let terms = self.terms(request, statement.searched);
+        let rows = &mut statement.rows;
+        statement.picked.retain(|&(row, suspect)| {
+            let meta = &mut self.meta[row as usize];
+            if meta.lock != Lock::Free || !meta.exists {
+                return false;
+            }
+            if self.bug != Some(Bug::DoubleClaim) {
                 meta.lock = Lock::Statement(id);
             }
             rows.push(row);
-        }
-        self.candidates = candidates;
-        searched
+            self.eligible(row, seen, &terms) && (suspect || !self.rows[row as usize].on_probation())
+        });
     }
 
     /// Whether the statement would be refused for good: it settles a cursed row.
@@ -306,7 +340,7 @@ impl Store {
         let Statement { worker, call, began, locked, .. } = *statement;
         let mut grants = Vec::with_capacity(statement.rows.len());
         let mut failed = Vec::new();
-        for &event in &statement.rows {
+        for &(event, _) in &statement.picked {
             self.remember(now, event);
             let answer = self.claim_row(event, clock, &request.owner, &terms);
             let row = &self.rows[event as usize];
@@ -345,28 +379,20 @@ impl Store {
                 }
             }
         }
-        let late = clock.late;
-        let unleased =
-            self.pending.iter().map(|row| &self.rows[*row as usize]).filter(|row| row.lease.is_none());
-        let due = unleased.map(|row| row.next_attempt_at).filter(|due| *due > clock.early).min();
+        let more = grants.len() + failed.len() < request.limit as usize;
         ClaimReply {
-            db_now: late,
+            db_now: clock.late,
             incarnation: self.incarnation.clone(),
             searched_expired: statement.searched,
-            next_due_in: due.map(|due| due.since(late)),
-            any_pending: request.count_pending.then_some(!self.pending.is_empty()),
+            next_due_in: statement.next_due_in.filter(|_| more),
+            // Counted by what was committed when the claim began, without what it fails itself.
+            any_pending: request.count_pending.then_some(statement.pending > failed.len()),
             grants,
             failed,
         }
     }
 
-    fn claim_row(
-        &mut self,
-        event: u32,
-        clock: DbClock,
-        owner: &WorkerId,
-        terms: &leasehold::machine::ClaimTerms,
-    ) -> ClaimAnswer {
+    fn claim_row(&mut self, event: u32, clock: DbClock, owner: &WorkerId, terms: &ClaimTerms) -> ClaimAnswer {
         let bug = self.bug;
         let row = &mut self.rows[event as usize];
         let (token, attempts, due) = (row.token, row.attempts, row.next_attempt_at);

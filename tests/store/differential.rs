@@ -8,7 +8,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use leasehold::machine::{
-    Answer, ClaimAnswer, ClaimFailure, ClaimRequest, ClaimTerms, DbClock, DestinationKey, LeaseKey,
+    Answer, ClaimAnswer, ClaimFailure, ClaimRequest, ClaimTerms, DbClock, DbTime, DestinationKey, LeaseKey,
     OwnedRequest, RenewRequest, Row as Model, RowId, Settle, SettleRequest, Status, Token, WorkerId,
 };
 use leasehold::ports::Outbox;
@@ -17,15 +17,15 @@ use proptest::test_runner::{Config, RngAlgorithm, RngSeed, TestCaseError, TestRu
 
 use crate::bed::{A, B, Bed, Lite, Pg, Stored, on_postgres};
 
-const LEASE: Duration = Duration::from_secs(2);
-const GRACE: Duration = Duration::from_millis(200);
-const ROWS: usize = 6;
+pub(crate) const LEASE: Duration = Duration::from_secs(2);
+pub(crate) const GRACE: Duration = Duration::from_millis(200);
+pub(crate) const ROWS: usize = 6;
 
 /// Of which lease: a row, and how many tokens ago.
 #[derive(Clone, Debug)]
-struct Of {
-    row: usize,
-    ago: usize,
+pub(crate) struct Of {
+    pub(crate) row: usize,
+    pub(crate) ago: usize,
 }
 
 #[derive(Clone, Debug)]
@@ -62,15 +62,22 @@ enum Step {
 }
 
 #[derive(Clone, Debug)]
-struct Start {
-    max_attempts: u32,
-    attempts: u32,
-    reclaims: u32,
-    second: bool,
-    delay: u64,
+pub(crate) struct Start {
+    pub(crate) max_attempts: u32,
+    pub(crate) attempts: u32,
+    pub(crate) reclaims: u32,
+    pub(crate) second: bool,
+    pub(crate) delay: u64,
 }
 
-fn settle() -> impl Strategy<Value = Settle> {
+impl Start {
+    pub(crate) fn row(&self, now: DbTime) -> Model {
+        let due = now.after(Duration::from_micros(self.delay));
+        Model { attempts: self.attempts, reclaims: self.reclaims, ..Model::new(self.max_attempts, due) }
+    }
+}
+
+pub(crate) fn settle() -> impl Strategy<Value = Settle> {
     let error = "[a-zé]{0,8}";
     let delay = || (0_u64..3_000_000).prop_map(Duration::from_micros);
     let status = || prop::option::of(300_u16..600);
@@ -83,7 +90,7 @@ fn settle() -> impl Strategy<Value = Settle> {
     ]
 }
 
-fn of() -> impl Strategy<Value = Of> {
+pub(crate) fn of() -> impl Strategy<Value = Of> {
     (0..ROWS, prop_oneof![4 => Just(0_usize), 1 => 1_usize..3]).prop_map(|(row, ago)| Of { row, ago })
 }
 
@@ -119,7 +126,7 @@ fn step() -> impl Strategy<Value = Step> {
     ]
 }
 
-fn start() -> impl Strategy<Value = Start> {
+pub(crate) fn start() -> impl Strategy<Value = Start> {
     (1_u32..6, 0_u32..3, 0_u32..5, any::<bool>(), prop_oneof![Just(0_u64), 0_u64..2_000_000]).prop_map(
         |(max_attempts, attempts, reclaims, second, delay)| Start {
             max_attempts,
@@ -131,12 +138,12 @@ fn start() -> impl Strategy<Value = Start> {
     )
 }
 
-fn worker(owner: u8) -> WorkerId {
+pub(crate) fn worker(owner: u8) -> WorkerId {
     WorkerId::new(format!("worker-{owner}"))
 }
 
 /// What was seen, to be sure that the sequences reach everything.
-type Seen = BTreeMap<&'static str, u32>;
+pub(crate) type Seen = BTreeMap<&'static str, u32>;
 
 struct Rows {
     rows: Vec<Stored>,
@@ -462,11 +469,7 @@ async fn play<T: Bed>(
 ) -> Result<(), TestCaseError> {
     bed.run(&format!("delete from {}", bed.table())).await.unwrap();
     for start in starts {
-        let row = Model {
-            attempts: start.attempts,
-            reclaims: start.reclaims,
-            ..Model::new(start.max_attempts, bed.now().after(Duration::from_micros(start.delay)))
-        };
+        let row = start.row(bed.now());
         bed.insert(if start.second { B } else { A }, "{}", &row).await;
     }
     let rows = bed.rows().await;

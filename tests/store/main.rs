@@ -7,4 +7,5 @@
 mod bed;
 mod contract;
 mod differential;
+mod interleavings;
 mod postgres;
