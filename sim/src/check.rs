@@ -226,6 +226,7 @@ impl State {
                     searched_expired: claim.terms.expired,
                     grants: Vec::new(),
                     failed: Vec::new(),
+                    reached: None,
                     next_due_in: None,
                     any_pending: None,
                 };

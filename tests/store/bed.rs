@@ -86,6 +86,7 @@ pub(crate) trait Bed {
             probation: 1,
             share: 100,
             shares: Vec::new(),
+            from: None,
             count_pending: false,
             asleep: false,
         }

@@ -90,14 +90,14 @@ fn what() -> impl Strategy<Value = What> {
             prop::option::weighted(0.2, (any::<bool>(), 0_u32..3)),
             prop_oneof![3 => Just((0, 0)), 1 => (4_u32..6, 0_u32..4)],
             prop::bool::weighted(0.8),
-            prop::bool::weighted(0.4),
+            prop::bool::weighted(0.3),
         )
             .prop_map(|(owner, limit, probation, share, held, limits, search, stopped)| What::Claim {
                 owner, limit, probation, share, held, limits, search, stopped
             }),
         1 => (owner(), prop::collection::vec(of(), 1..4), millis())
             .prop_map(|(owner, of, millis)| What::Renew { owner, of, millis }),
-        4 => (0..ROWS, millis(), any::<bool>())
+        6 => (0..ROWS, millis(), prop::bool::weighted(0.7))
             .prop_map(|(row, millis, wait)| What::RenewHeld { row, millis, wait }),
         1 => (owner(), prop::collection::vec((of(), settle()), 1..4))
             .prop_map(|(owner, of)| What::Settle { owner, of }),
@@ -108,7 +108,7 @@ fn what() -> impl Strategy<Value = What> {
 fn step() -> impl Strategy<Value = Step> {
     let session = || 0_usize..2;
     let end = prop_oneof![
-        5 => Just(End::Commit), 2 => Just(End::CommitUnread), 2 => Just(End::Cancel), 1 => Just(End::Terminate)
+        5 => Just(End::Commit), 2 => Just(End::CommitUnread), 4 => Just(End::Cancel), 1 => Just(End::Terminate)
     ];
     prop_oneof![
         10 => (session(), what()).prop_map(|(session, what)| Step::Begin(session, what)),
@@ -117,7 +117,7 @@ fn step() -> impl Strategy<Value = Step> {
         2 => (0..ROWS as u32).prop_map(Step::Lock),
         2 => any::<bool>().prop_map(|commit| Step::Unlock { commit }),
         1 => (0_u8..2).prop_map(Step::Owned),
-        3 => prop_oneof![2 => 0_u64..500_000, 3 => Just(2_200_000_u64)].prop_map(Step::Pass),
+        3 => prop_oneof![2 => 0_u64..500_000, 4 => Just(2_200_000_u64)].prop_map(Step::Pass),
     ]
 }
 
@@ -391,7 +391,9 @@ impl Pair<'_, '_> {
                     probation: *probation,
                     share: *share,
                     shares: held.iter().map(room).collect(),
+                    from: None,
                     count_pending: true,
+                    asleep: false,
                 })
             }
             What::Renew { owner, of, millis: lease } => {
@@ -748,7 +750,7 @@ async fn play(real: &mut Real<'_>, starts: &[Start], steps: &[Step], seen: &mut 
     pair.finish().await
 }
 
-const CASES: u32 = 160;
+const CASES: u32 = 200;
 const STEPS: usize = 60;
 
 /// Plays fixed random interleavings; a failing one is shrunk.

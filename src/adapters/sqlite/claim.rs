@@ -185,6 +185,7 @@ pub(super) async fn claim(store: &Sqlite, request: &ClaimRequest) -> Result<Clai
         searched_expired: search,
         grants: Vec::new(),
         failed: Vec::new(),
+        reached: None,
         next_due_in: None,
         any_pending: None,
     };
