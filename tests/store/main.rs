@@ -8,3 +8,4 @@ mod bed;
 mod contract;
 mod differential;
 mod postgres;
+mod retain;
