@@ -1079,7 +1079,7 @@ mod tests {
     #[test]
     fn what_becomes_of_delivered_events() {
         let retain = |kind, keep_for| parsed("", &[], &[("retain", kind), ("retain_for", keep_for)]).retain;
-        let hours = |hours| Duration::from_secs(hours * 3_600);
+        let hours = |hours: u64| Duration::from_secs(hours * 3_600);
         assert_eq!(retain("keep", "1h"), Retain::Keep);
         assert_eq!(retain("archive", "1h"), Retain::Archive(hours(1)));
         assert_eq!(retain("delete", "876000h"), Retain::Delete(hours(876_000)));
