@@ -77,6 +77,23 @@ create index outbox_events_probation on leasehold.outbox_events (next_attempt_at
 create index outbox_events_leased on leasehold.outbox_events (lease_owner, id)
     where lease_owner is not null;
 
+-- Delivered events that left the queue, by the UTC day of their delivery. Days are added and dropped by workers, whose
+-- role must own this table for that.
+create table leasehold.outbox_archive (
+    id bigint not null,
+    event_id text not null,
+    event_type text not null,
+    destination_url text not null,
+    payload jsonb not null,
+    attempts int not null,
+    max_attempts int not null,
+    lease_token bigint not null,
+    last_status int,
+    delivered_at timestamptz not null,
+    created_at timestamptz not null
+) partition by range (delivered_at);
+create index outbox_archive_event_id on leasehold.outbox_archive (event_id);
+
 -- Who sleeps, and until when that counts. A NOTIFY makes all commits of the instance queue up, so that it must not be in
 -- every producer's: it is sent only while somebody sleeps, and under load nobody does.
 create unlogged table leasehold.sleepers (

@@ -1,6 +1,7 @@
 -- The outbox on SQLite: same columns, same words; times in integer microseconds since the Unix epoch.
 create table outbox_events (
-    id integer primary key,
+    -- Delivered events may be deleted, and their ids must not come again.
+    id integer primary key autoincrement,
     event_id text not null unique default (lower(
         hex(randomblob(4)) || '-' || hex(randomblob(2)) || '-4' || substr(hex(randomblob(2)), 2) || '-'
         || substr('89ab', 1 + (random() & 3), 1) || substr(hex(randomblob(2)), 2) || '-' || hex(randomblob(6))

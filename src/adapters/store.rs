@@ -1,4 +1,6 @@
-//! What both stores share: new events, counts, and the cleaning of text.
+//! What both stores share: new events, counts, what becomes of delivered events, and the cleaning of text.
+
+use std::time::Duration;
 
 /// An event to be written into the outbox.
 #[derive(Clone, PartialEq, Eq)]
@@ -40,6 +42,40 @@ pub struct Status {
     pub failed: u64,
     /// Seconds since `next_attempt_at` of the oldest due event; `None` if nothing is due.
     pub oldest_due_age_seconds: Option<f64>,
+}
+
+/// What becomes of delivered events. Failed ones stay in every case, for an operator to look at.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Retain {
+    /// They stay in the table.
+    Keep,
+    /// They move to the archive after [`SETTLED_FOR`], and are dropped from there with their day after this long.
+    Archive(Duration),
+    /// They are deleted after this long.
+    Delete(Duration),
+}
+
+/// How long a delivered event stays in the table at least: a settle whose answer was lost is repeated, and is to find
+/// the row that says so.
+pub const SETTLED_FOR: Duration = Duration::from_secs(60);
+
+/// A stretch of the table in the order of ids. Walking it from page to page finds delivered events without an index
+/// that every delivery would have to write.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Page {
+    /// The id before the first one; 0 at the start.
+    pub after: i64,
+    /// How many rows it has at most.
+    pub rows: u32,
+}
+
+/// What was done with a page.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Retired {
+    /// How many events left the table.
+    pub events: u64,
+    /// After which id the next page begins: 0 where there is nothing behind this one, or nothing that is old enough.
+    pub next: i64,
 }
 
 /// How many bytes of payload one claim returns at most.

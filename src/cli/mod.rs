@@ -2,6 +2,7 @@
 
 pub mod commands;
 pub mod enqueue;
+mod retain;
 pub mod run;
 pub mod settings;
 pub mod store;

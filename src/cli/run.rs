@@ -8,10 +8,11 @@ use anyhow::{Context, bail};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tracing::{info, warn};
 
-use super::settings::Settings;
 use super::store::Store;
+use super::{retain, settings::Settings};
 use crate::adapters::clock::BootClock;
 use crate::adapters::http::HttpGateway;
+use crate::adapters::store::Retain;
 use crate::adapters::telemetry::Telemetry;
 use crate::driver::Driver;
 use crate::machine::{Ended, WorkerId};
@@ -56,27 +57,27 @@ pub async fn run(mut settings: Settings, until_empty: bool) -> anyhow::Result<Ex
     if let Err(error @ crate::adapters::store::StoreError::Schema { .. }) = store.check_schema().await {
         return Err(error.into());
     }
+    let retiring = (settings.retain != Retain::Keep)
+        .then(|| tokio::spawn(retain::retire(store.clone(), settings.retain, timing.store_timeout())));
     let gateway = Arc::new(gateway);
     let ended = match store {
         Store::Postgres(outbox) => drive(outbox, gateway, id.clone(), settings).await?,
         Store::Sqlite(outbox) => drive(outbox, gateway, id.clone(), settings).await?,
     };
+    if let Some(retiring) = retiring {
+        retiring.abort();
+    }
     info!(worker = id.as_str(), aborted = ended.aborted, unsettled = ended.unsettled, "worker ended");
     Ok(if ended == (Ended { aborted: 0, unsettled: 0 }) { ExitCode::SUCCESS } else { DRAINED_BADLY.into() })
 }
 
 async fn drive<O: Outbox>(
-    outbox: O,
+    outbox: Arc<O>,
     gateway: Arc<HttpGateway>,
     id: WorkerId,
     settings: Settings,
 ) -> anyhow::Result<Ended> {
-    let driver = Driver {
-        outbox: Arc::new(outbox),
-        gateway,
-        clock: Arc::new(BootClock),
-        observer: Telemetry::new(id.clone()),
-    };
+    let driver = Driver { outbox, gateway, clock: Arc::new(BootClock), observer: Telemetry::new(id.clone()) };
     Ok(driver.run(id, settings.worker, shutdown()?).await?)
 }
 

@@ -14,6 +14,7 @@ use secrecy::{ExposeSecret as _, SecretString};
 use tracing_subscriber::EnvFilter;
 
 use crate::adapters::http::{AllowRule, HttpGateway, HttpSettings, HttpSettingsError, Secret};
+use crate::adapters::store::{Retain, SETTLED_FOR};
 use crate::machine::{LimitError, Limits, RawTiming, RetryPolicy, Timing, TimingError, WorkerSettings};
 
 /// The file that is read if it is there and no other is named.
@@ -130,6 +131,8 @@ pub const SETTINGS: &[Setting] = &[
     setting("allow_destinations", Kind::List, None, "CIDRs and host patterns allowed besides public addresses; default: none"),
     setting("allow_http", Kind::Bool, Some("false"), "Allows http:// destinations"),
     setting("drain_timeout", Kind::Duration, Some("28s"), "How long a shutdown may take; more than 2 * store_timeout"),
+    setting("retain", Kind::Text, Some("keep"), "What becomes of delivered events: keep, archive (Postgres) or delete; one that left no longer guards its id against being enqueued again"),
+    setting("retain_for", Kind::Duration, Some("720h"), "How long a delivered event is kept: in the outbox before delete, in the archive before its day is dropped; 1m to 876000h"),
     setting("admin_addr", Kind::Text, None, "Address and port of health, metrics and status; default: off"),
     setting("log", Kind::Text, Some("info"), "Log filter: a level, or target=level with commas"),
     setting("log_format", Kind::Text, Some("text"), "text, or json for machines"),
@@ -299,6 +302,8 @@ pub struct Settings {
     pub max_attempts: i32,
     /// The largest payload in bytes, at most 8 MiB.
     pub max_payload: u32,
+    /// What becomes of delivered events.
+    pub retain: Retain,
     /// Where health, metrics and status are served, if they are.
     pub admin_addr: Option<SocketAddr>,
     /// What is logged.
@@ -537,6 +542,7 @@ impl Reader<'_> {
         let worker_name = self.optional("worker_name", "1 to 200 visible ASCII characters", name);
         let max_attempts = self.number("max_attempts", 1, i32::MAX.unsigned_abs());
         let max_payload = self.size("max_payload", "1 to 8MiB", 1, 8 << 20);
+        let retain = self.retain(database.as_ref().ok().and_then(Option::as_ref));
         let address = "an address and port such as 127.0.0.1:9090";
         let admin_addr = self.optional("admin_addr", address, |text| text.parse().ok());
         let filter = self.value("log", "a level (error, warn, info, debug, trace) or target=level", |text| {
@@ -555,10 +561,32 @@ impl Reader<'_> {
             http: http?,
             max_attempts: max_attempts?.try_into().ok()?,
             max_payload: max_payload?,
+            retain: retain?,
             admin_addr: admin_addr.ok()?,
             log: LogSettings { filter: filter?, format: format? },
             shown: self.shown(),
         })
+    }
+
+    fn retain(&mut self, database: Option<&DatabaseUrl>) -> Option<Retain> {
+        let most = Duration::from_secs(876_000 * 3_600);
+        let keep_for = self.value("retain_for", "a duration from 1m to 876000h", |text| {
+            parse_duration(text).filter(|duration| (SETTLED_FOR..=most).contains(duration))
+        });
+        let kind = self.value("retain", "keep, archive or delete", |text| match text {
+            "keep" => Some((|_| Retain::Keep) as fn(Duration) -> Retain),
+            "archive" => Some(Retain::Archive),
+            "delete" => Some(Retain::Delete),
+            _ => None,
+        });
+        let retain = kind?(keep_for?);
+        if matches!(retain, Retain::Archive(_))
+            && database.is_some_and(|url| url.database == Database::Sqlite)
+        {
+            self.refuse("retain", "keep or delete on SQLite");
+            return None;
+        }
+        Some(retain)
     }
 
     fn timing(&mut self, database: Option<&DatabaseUrl>) -> Option<Timing> {
@@ -882,6 +910,7 @@ mod tests {
         assert_eq!(settings.http.addresses, Default::default());
         assert_eq!((settings.max_attempts, settings.max_payload), (20, 1 << 20));
         assert_eq!((settings.prepared_statements, settings.admin_addr), (true, None));
+        assert_eq!(settings.retain, Retain::Keep);
         assert_eq!(settings.worker_name, "host-1");
         assert_eq!(settings.log, LogSettings { filter: "info".into(), format: LogFormat::Text });
         assert_eq!(settings.database.unwrap().expose(), URL);
@@ -1016,6 +1045,9 @@ mod tests {
             ("allow_destinations", "10.0.0.0/33", "CIDR"),
             ("allow_http", "1", "true or false"),
             ("drain_timeout", "10s", "2 * store_timeout"),
+            ("retain", "drop", "keep, archive or delete"),
+            ("retain_for", "59s", "1m to 876000h"),
+            ("retain_for", "876001h", "1m to 876000h"),
             ("admin_addr", "9090", "port"),
             ("log", "a=b=c", "level"),
             ("worker_name", "a b", "visible ASCII"),
@@ -1042,6 +1074,20 @@ mod tests {
         let found = problems("", &[], &[url, ("lease", "1999ms")]);
         assert_eq!(found, ["--lease is \"1999ms\"; allowed is 2s or more on SQLite"]);
         parsed("", &[], &[("lease", "1s")]);
+    }
+
+    #[test]
+    fn what_becomes_of_delivered_events() {
+        let retain = |kind, keep_for| parsed("", &[], &[("retain", kind), ("retain_for", keep_for)]).retain;
+        let hours = |hours: u64| Duration::from_secs(hours * 3_600);
+        assert_eq!(retain("keep", "1h"), Retain::Keep);
+        assert_eq!(retain("archive", "1h"), Retain::Archive(hours(1)));
+        assert_eq!(retain("delete", "876000h"), Retain::Delete(hours(876_000)));
+        assert_eq!(parsed("", &[], &[("retain", "delete")]).retain, Retain::Delete(hours(720)));
+        let url = ("database_url", "sqlite:///tmp/outbox.db");
+        parsed("", &[], &[url, ("retain", "delete")]);
+        let found = problems("", &[], &[url, ("retain", "archive")]);
+        assert_eq!(found, ["--retain is \"archive\"; allowed is keep or delete on SQLite"]);
     }
 
     #[test]

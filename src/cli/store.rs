@@ -1,23 +1,24 @@
 //! The outbox that a URL names, for the commands that don't care which it is.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use super::settings::{Database, DatabaseUrl};
 use crate::adapters::postgres::{Postgres, PostgresOptions};
 use crate::adapters::sqlite::{Sqlite, SqliteOptions};
-use crate::adapters::store::{NewEvent, Status, StoreError};
+use crate::adapters::store::{NewEvent, Page, Retain, Retired, Status, StoreError};
 use crate::machine::{LeaseKey, StoreFault, WorkerId};
 
 /// How long a command waits for its database.
 const COMMAND_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// Either store.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub enum Store {
     /// Postgres.
-    Postgres(Postgres),
+    Postgres(Arc<Postgres>),
     /// SQLite.
-    Sqlite(Sqlite),
+    Sqlite(Arc<Sqlite>),
 }
 
 impl Store {
@@ -35,11 +36,12 @@ impl Store {
         Ok(match url.database {
             Database::Postgres => {
                 let options = PostgresOptions { store_timeout, max_payload, prepared_statements };
-                Self::Postgres(Postgres::new(url.expose(), options)?)
+                Self::Postgres(Arc::new(Postgres::new(url.expose(), options)?))
             }
-            Database::Sqlite => Self::Sqlite(
-                Sqlite::open(url.expose(), SqliteOptions::new(store_timeout, max_payload)).await?,
-            ),
+            Database::Sqlite => {
+                let options = SqliteOptions::new(store_timeout, max_payload);
+                Self::Sqlite(Arc::new(Sqlite::open(url.expose(), options).await?))
+            }
         })
     }
 
@@ -84,6 +86,17 @@ impl Store {
         match self {
             Self::Postgres(store) => store.status().await,
             Self::Sqlite(store) => store.status().await,
+        }
+    }
+
+    /// Moves or deletes the delivered events of a page that are old enough; in the archive, drops what is too old.
+    ///
+    /// # Errors
+    /// When the database refuses; nothing of the page has been done then.
+    pub async fn retire(&self, retain: Retain, page: Page) -> Result<Retired, StoreError> {
+        match self {
+            Self::Postgres(store) => store.retire(retain, page).await,
+            Self::Sqlite(store) => store.retire(retain, page).await,
         }
     }
 

@@ -189,6 +189,47 @@ async fn http_forgotten_and_allowed_later_delivers_everything() {
 
 /// The demo is the README's first command; its verdict is its exit code.
 #[tokio::test(flavor = "multi_thread")]
+async fn delivered_events_move_to_the_archive_and_trouble_there_stops_no_worker() {
+    let bed = Bed::new().await.set(&[("RETAIN", "archive")]);
+    let receiver = Receiver::start(|_| (0 * MS, 200)).await;
+    sqlx::raw_sql("alter table leasehold.outbox_archive rename to away")
+        .execute(&bed.pool)
+        .await
+        .expect("away");
+    let mut worker = bed.worker("w", &[]);
+    worker.logs("delivered events could not be retired").await;
+    bed.insert(&receiver.url(), 3).await;
+    bed.until("delivery_status = 'delivered'", 3).await;
+    sqlx::raw_sql(
+        "alter table leasehold.away rename to outbox_archive;
+         update leasehold.outbox_events set delivered_at = now() - interval '1 hour'",
+    )
+    .execute(&bed.pool)
+    .await
+    .expect("back");
+    bed.insert(&receiver.url(), 1).await;
+    bed.until("true", 1).await;
+    bed.until("delivery_status = 'delivered'", 1).await;
+    let archived: i64 =
+        sqlx::query_scalar("select count(*) from leasehold.outbox_archive where attempts = 1")
+            .fetch_one(&bed.pool)
+            .await
+            .expect("a count");
+    assert_eq!(archived, 3);
+    worker.signal(rustix::process::Signal::TERM);
+    assert_eq!(worker.end().await, Some(0), "{}", worker.log());
+    assert_eq!(worker.log().matches("could not be retired").count(), 1, "{}", worker.log());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn sqlite_has_no_archive_and_check_says_so() {
+    let bed = Bed::unmigrated().await.set(&[("RETAIN", "archive")]);
+    let output = bed.leasehold(&["check", "--database-url", "sqlite://outbox.db"], None).await;
+    assert_eq!(output.status.code(), Some(2));
+    assert!(text(&output).contains("allowed is keep or delete on SQLite"), "{}", text(&output));
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn the_demo_holds_its_promise() {
     let bed = Bed::unmigrated().await;
     let output = bed.leasehold(&["demo", "--plain"], None).await;

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use leasehold::adapters::postgres::{Postgres, PostgresOptions};
 use leasehold::adapters::sqlite::{Sqlite, SqliteOptions};
-use leasehold::adapters::store::{NewEvent, Status, StoreError};
+use leasehold::adapters::store::{NewEvent, Page, Retain, Retired, Status, StoreError};
 use leasehold::machine::{
     Answer, ClaimRequest, ClaimTerms, DbTime, Incarnation, Lease, LeaseKey, OwnedRequest, RenewRequest,
     Row as Model, RowId, Settle, SettleRequest, Status as RowStatus, Token, WorkerId,
@@ -49,6 +49,7 @@ pub(crate) trait Bed {
     fn table(&self) -> &'static str;
     async fn enqueue(&self, events: &[NewEvent]) -> Result<Vec<String>, StoreError>;
     async fn status(&self) -> Result<Status, StoreError>;
+    async fn retire(&self, retain: Retain, page: Page) -> Result<Retired, StoreError>;
     async fn migrate(&self) -> Result<(), StoreError>;
     async fn check_schema(&self) -> Result<(), StoreError>;
     /// Opens the same database once more.
@@ -352,6 +353,9 @@ impl Bed for Pg {
     async fn status(&self) -> Result<Status, StoreError> {
         self.store.status().await
     }
+    async fn retire(&self, retain: Retain, page: Page) -> Result<Retired, StoreError> {
+        self.store.retire(retain, page).await
+    }
     async fn migrate(&self) -> Result<(), StoreError> {
         self.store.migrate().await
     }
@@ -461,6 +465,9 @@ impl Bed for Lite {
     }
     async fn status(&self) -> Result<Status, StoreError> {
         self.store.status().await
+    }
+    async fn retire(&self, retain: Retain, page: Page) -> Result<Retired, StoreError> {
+        self.store.retire(retain, page).await
     }
     async fn migrate(&self) -> Result<(), StoreError> {
         self.store.migrate().await

@@ -25,6 +25,8 @@ macro_rules! on_both {
     };
 }
 
+pub(crate) use on_both;
+
 on_both! {
     a_claim_leases_what_is_due
     a_claim_keeps_to_its_limit_and_order

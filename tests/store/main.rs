@@ -9,3 +9,4 @@ mod contract;
 mod differential;
 mod interleavings;
 mod postgres;
+mod retain;

@@ -20,12 +20,12 @@ async fn session(bed: &Pg) -> PgConnection {
     PgConnection::connect(&bed.url).await.expect("a session")
 }
 
-async fn exec(session: &mut PgConnection, sql: &str) {
+pub(crate) async fn exec(session: &mut PgConnection, sql: &str) {
     sqlx::raw_sql(AssertSqlSafe(sql.to_owned())).execute(session).await.expect("a statement");
 }
 
 /// A session that holds a row's lock until it commits.
-async fn locking(bed: &Pg, row: i64) -> PgConnection {
+pub(crate) async fn locking(bed: &Pg, row: i64) -> PgConnection {
     let mut other = session(bed).await;
     exec(&mut other, "begin").await;
     exec(&mut other, &format!("select from leasehold.outbox_events where id = {row} for update")).await;

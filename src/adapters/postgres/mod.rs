@@ -6,6 +6,7 @@
 
 mod connect;
 mod error;
+mod retire;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -62,6 +63,8 @@ pub struct Postgres {
     calls: PgPool,
     /// Heartbeats: one connection, and a spare (rule P5).
     renewals: PgPool,
+    /// Moving and deleting what was delivered: never in the way of the others.
+    retiring: PgPool,
     options: PostgresOptions,
     listener: Mutex<Option<PgListener>>,
     /// Until when what the table of sleepers says of this worker needn't be said again; `None` if it doesn't sleep.
@@ -81,6 +84,7 @@ impl Postgres {
         Ok(Self {
             calls: hosts.pool(4, options.store_timeout),
             renewals: hosts.pool(2, options.store_timeout),
+            retiring: hosts.pool(1, options.store_timeout),
             hosts,
             options,
             listener: Mutex::new(None),
@@ -303,17 +307,21 @@ impl Postgres {
         }
     }
 
+    /// Bounds the statements of a transaction where the connection doesn't.
+    async fn bound(&self, connection: &mut sqlx::PgConnection) -> Result<(), sqlx::Error> {
+        let millis = self.options.store_timeout.as_millis();
+        let set = sqlx::AssertSqlSafe(format!("set local statement_timeout = {millis}"));
+        sqlx::raw_sql(set).execute(connection).await.map(|_| ())
+    }
+
     /// For poolers in transaction mode: nothing outlives the transaction.
     async fn in_transaction(
         &self,
         connection: &mut sqlx::PgConnection,
         query: Query<'static, Database, PgArguments>,
     ) -> Result<Vec<PgRow>, sqlx::Error> {
-        let millis = self.options.store_timeout.as_millis();
         let mut transaction = connection.begin().await?;
-        sqlx::raw_sql(sqlx::AssertSqlSafe(format!("set local statement_timeout = {millis}")))
-            .execute(&mut *transaction)
-            .await?;
+        self.bound(&mut transaction).await?;
         let rows = query.persistent(false).fetch_all(&mut *transaction).await?;
         transaction.commit().await?;
         Ok(rows)

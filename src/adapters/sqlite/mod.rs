@@ -16,7 +16,7 @@ use sqlx::sqlite::{
 use sqlx::{ConnectOptions, Row as _, Sqlite as Database, SqliteConnection, Transaction};
 use tokio::sync::{Mutex, MutexGuard};
 
-use super::store::{NewEvent, Status, StoreError, clean};
+use super::store::{NewEvent, Page, Retain, Retired, Status, StoreError, clean};
 use crate::machine::{
     Answer, ClaimRequest, DbTime, LeaseKey, OwnedReply, OwnedRequest, RenewReply, RenewRequest, RowId,
     Settle, SettleReply, SettleRequest, StoreFault, Token, WorkerId,
@@ -284,6 +284,48 @@ impl Sqlite {
     /// As [`Outbox::owned`].
     pub async fn leases_of(&self, owner: WorkerId) -> Result<Vec<LeaseKey>, StoreFault> {
         Ok(self.owned(OwnedRequest { owner }).await?.keys)
+    }
+
+    /// Deletes the delivered events of a page that are old enough.
+    ///
+    /// # Errors
+    /// When the file can't be written, or there should be an archive: SQLite has none.
+    pub async fn retire(&self, retain: Retain, page: Page) -> Result<Retired, StoreError> {
+        const DOING: &str = "retiring delivered events";
+        let keep_for = match retain {
+            Retain::Keep => return Ok(Retired { events: 0, next: 0 }),
+            Retain::Delete(keep_for) => keep_for,
+            Retain::Archive(_) => {
+                return Err(StoreError::Database { doing: DOING, error: "no archive on SQLite".to_owned() });
+            }
+        };
+        let retire = async || -> Result<Retired, sqlx::Error> {
+            let mut write = self.write(false).await?;
+            let too_young = write.now.as_micros().saturating_sub(micros(keep_for));
+            let (rows, last, oldest): (i64, Option<i64>, Option<i64>) = sqlx::query_as(
+                "select count(*), max(id), min(created_at)
+                 from (select id, created_at from outbox_events where id > ? order by id limit ?)",
+            )
+            .bind(page.after)
+            .bind(page.rows)
+            .fetch_one(&mut *write.transaction)
+            .await?;
+            let deleted = sqlx::query(
+                "delete from outbox_events
+                 where id > ? and id <= ? and delivery_status = 'delivered' and delivered_at <= ?",
+            )
+            .bind(page.after)
+            .bind(last)
+            .bind(too_young)
+            .execute(&mut *write.transaction)
+            .await?;
+            write.transaction.commit().await?;
+            // Ids rise with time: behind a page that is too young as a whole there is nothing to be found.
+            let more = rows == i64::from(page.rows) && oldest.is_some_and(|oldest| oldest <= too_young);
+            let next = last.filter(|_| more).unwrap_or(0);
+            Ok(Retired { events: deleted.rows_affected(), next })
+        };
+        retire().await.map_err(|error| database(DOING, &error))
     }
 
     async fn renew_all(&self, request: &RenewRequest) -> Result<RenewReply, sqlx::Error> {

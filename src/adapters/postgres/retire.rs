@@ -1,0 +1,126 @@
+//! Delivered events leave the queue: page by page, in transactions of their own.
+
+use std::time::Duration;
+
+use sqlx::{AssertSqlSafe, Connection as _, PgConnection, Row as _};
+
+use super::connect::Borrowed;
+use super::{Postgres, database, micros, text};
+use crate::adapters::store::{Page, Retain, Retired, SETTLED_FOR, StoreError};
+
+/// Held by the one who retires, in the whole database.
+const ALONE: &str = "select pg_try_advisory_xact_lock(7311846112204518258)";
+const RIPE: &str = include_str!("ripe.sql");
+const DELETE: &str = "delete from leasehold.outbox_events where id = any ($1)";
+const MOVE: &str = "with retired as (delete from leasehold.outbox_events where id = any ($1) returning *)
+     insert into leasehold.outbox_archive (id, event_id, event_type, destination_url, payload, attempts, max_attempts,
+         lease_token, last_status, delivered_at, created_at)
+     select id, event_id, event_type, destination_url, payload, attempts, max_attempts,
+         lease_token, last_status, delivered_at, created_at
+     from retired";
+/// The oldest day of the archive that is over for longer than $1 microseconds.
+const OVER: &str = "select min(relname::text) from pg_inherits join pg_class on pg_class.oid = inhrelid
+     where inhparent = 'leasehold.outbox_archive'::regclass and case
+         when relname ~ '^outbox_archive_[0-9]{8}$'
+         then (right(relname, 8) || ' 00:00+00')::timestamptz + interval '24 hours'
+             <= leasehold.early_now() - $1 * interval '1 microsecond'
+     end";
+
+impl Postgres {
+    /// Moves or deletes the delivered events of a page that are old enough, unless another worker is at it. A walk that
+    /// begins drops the oldest day of the archive, if that is over for long enough.
+    ///
+    /// # Errors
+    /// When the database refuses; nothing of the page has been done then.
+    pub async fn retire(&self, retain: Retain, page: Page) -> Result<Retired, StoreError> {
+        let age = match retain {
+            Retain::Keep => return Ok(Retired { events: 0, next: 0 }),
+            Retain::Delete(keep_for) => keep_for,
+            Retain::Archive(_) => SETTLED_FOR,
+        };
+        let mut connection =
+            self.hosts.acquire(&self.retiring).await.map_err(|error| database("connecting", &error))?;
+        if let Retain::Archive(keep_for) = retain
+            && page.after == 0
+        {
+            let dropped = self.drop_a_day(connection.get(), keep_for).await;
+            dropped.map_err(|error| self.failed("dropping a day of the archive", &error))?;
+        }
+        let retired = self.retire_page(&mut connection, retain, age, page).await;
+        let retired = retired.map_err(|error| self.failed("retiring delivered events", &error))?;
+        connection.put_back();
+        Ok(retired)
+    }
+
+    fn failed(&self, doing: &'static str, error: &sqlx::Error) -> StoreError {
+        self.hosts.look_elsewhere(error);
+        StoreError::Database { doing, error: text(error) }
+    }
+
+    async fn retire_page(
+        &self,
+        connection: &mut Borrowed,
+        retain: Retain,
+        age: Duration,
+        page: Page,
+    ) -> Result<Retired, sqlx::Error> {
+        let mut transaction = connection.get().begin().await?;
+        self.bound(&mut transaction).await?;
+        if !alone(&mut transaction).await? {
+            return Ok(Retired { events: 0, next: page.after });
+        }
+        let row = sqlx::query(RIPE)
+            .persistent(false)
+            .bind(page.after)
+            .bind(i64::from(page.rows))
+            .bind(micros(age))
+            .fetch_one(&mut *transaction)
+            .await?;
+        let ids: Vec<i64> = row.try_get("ids")?;
+        if matches!(retain, Retain::Archive(_)) {
+            for day in row.try_get::<Vec<String>, _>("days")? {
+                create_day(&mut transaction, &day).await?;
+            }
+        }
+        let retire = if matches!(retain, Retain::Archive(_)) { MOVE } else { DELETE };
+        let done = sqlx::query(retire).persistent(false).bind(ids).execute(&mut *transaction).await?;
+        transaction.commit().await?;
+        Ok(Retired { events: done.rows_affected(), next: row.try_get("next")? })
+    }
+
+    async fn drop_a_day(&self, connection: &mut PgConnection, keep_for: Duration) -> Result<(), sqlx::Error> {
+        let mut transaction = connection.begin().await?;
+        self.bound(&mut transaction).await?;
+        if alone(&mut transaction).await? {
+            let over = sqlx::query_scalar::<_, Option<String>>(OVER).persistent(false).bind(micros(keep_for));
+            if let Some(day) = over.fetch_one(&mut *transaction).await? {
+                run(&mut transaction, format!("drop table leasehold.{day}")).await?;
+            }
+        }
+        transaction.commit().await
+    }
+}
+
+async fn alone(connection: &mut PgConnection) -> Result<bool, sqlx::Error> {
+    sqlx::query_scalar(ALONE).persistent(false).fetch_one(connection).await
+}
+
+/// Makes the partition of a day (`YYYYMMDD`, UTC) if it is missing. Attached, and not created in place, since that would
+/// lock out who reads the archive.
+async fn create_day(connection: &mut PgConnection, day: &str) -> Result<(), sqlx::Error> {
+    let table = format!("leasehold.outbox_archive_{day}");
+    let there = sqlx::query_scalar("select to_regclass($1) is not null").persistent(false).bind(&table);
+    if there.fetch_one(&mut *connection).await? {
+        return Ok(());
+    }
+    let create = format!(
+        "create table {table} (like leasehold.outbox_archive including all);
+         alter table leasehold.outbox_archive attach partition {table}
+             for values from (timestamptz '{day} 00:00+00') to (timestamptz '{day} 00:00+00' + interval '24 hours')"
+    );
+    run(connection, create).await
+}
+
+async fn run(connection: &mut PgConnection, sql: String) -> Result<(), sqlx::Error> {
+    sqlx::raw_sql(AssertSqlSafe(sql)).execute(connection).await.map(|_| ())
+}
