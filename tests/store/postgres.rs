@@ -4,8 +4,8 @@ use std::time::Duration;
 
 use leasehold::adapters::postgres::{Postgres, PostgresOptions};
 use leasehold::machine::{
-    Answer, ClaimFailure, ClaimRequest, LeaseKey, RenewRequest, Row as Model, RowId, SettleRequest, Status,
-    StoreFault, Token, WorkerId,
+    Answer, ClaimFailure, ClaimRequest, DbTime, LeaseKey, QueuePlace, RenewRequest, Row as Model, RowId,
+    Settle, SettleRequest, Status, StoreFault, Token, WorkerId,
 };
 use leasehold::ports::{Claimed, Outbox};
 use serde_json::Value;
