@@ -1,6 +1,7 @@
 //! The receivers of `deploy/receivers`, in every language that is at hand: signatures and duplicates.
 
 #[path = "../deploy/receivers/receiver.rs"]
+#[expect(unreachable_pub, reason = "it is written for an application of its own")]
 mod receiver;
 
 use std::path::Path;
@@ -66,7 +67,11 @@ async fn tells_them_apart(port: u16) {
     assert_eq!(send(port, good("a", 12)).await, answers(200, "duplicate"));
     assert_eq!(send(port, good("a", 11)).await, answers(200, "late duplicate"));
     assert_eq!(send(port, good("b", 9_007_199_254_740_993)).await, answers(200, "new"));
-    assert_eq!(send(port, good("b", 9_007_199_254_740_994)).await, answers(200, "duplicate"), "tokens are integers");
+    assert_eq!(
+        send(port, good("b", 9_007_199_254_740_994)).await,
+        answers(200, "duplicate"),
+        "tokens are integers"
+    );
     let rotated = Sent { signature: sign(&[OTHER, SECRET], "c", now()), ..good("c", 1) };
     assert_eq!(send(port, rotated).await, answers(200, "new"), "the second signature fits");
     let stranger = Sent { signature: sign(&[OTHER], "d", now()), ..good("d", 1) };
@@ -83,7 +88,12 @@ async fn tells_them_apart(port: u16) {
 /// Starts an example and tries it, if its language is at hand.
 async fn example(program: &str, arguments: &[&str]) {
     let version = if program == "go" { "version" } else { "--version" };
-    if !Command::new(program).arg(version).stdout(Stdio::null()).status().await.is_ok_and(|status| status.success())
+    if !Command::new(program)
+        .arg(version)
+        .stdout(Stdio::null())
+        .status()
+        .await
+        .is_ok_and(|status| status.success())
     {
         println!("{program} is not on this machine: its receiver is not tried");
         return;

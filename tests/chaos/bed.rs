@@ -1,7 +1,5 @@
 //! A story: workers, a database, receivers and a producer, under a seeded plan of faults.
 
-use std::collections::BTreeMap;
-use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
@@ -10,8 +8,9 @@ use tokio::sync::watch;
 use tokio::time::sleep;
 
 use crate::common::receiver::HANG_UP;
-use crate::common::{MS, PATIENCE, Receiver, SECRET, Seen, Worker, leasehold, start_worker};
+use crate::common::{MS, PATIENCE, Receiver, Seen, Worker};
 use crate::faults::{Disturbance, Fault, Rng};
+use crate::ground::Ground;
 use crate::judge::{Memory, Verdict};
 use crate::proxy::{Proxy, Upstream};
 use crate::server::{Pooler, Server};
@@ -62,7 +61,7 @@ fn name(number: usize, generation: u32) -> String {
 }
 
 pub(crate) struct Bed {
-    folder: tempfile::TempDir,
+    ground: Ground,
     pub(crate) server: Server,
     pub(crate) standby: Option<Server>,
     pub(crate) replication: Option<Proxy>,
@@ -73,7 +72,6 @@ pub(crate) struct Bed {
     /// The first is never killed nor restarted: the heir, and the one whose memory is watched.
     pub(crate) slots: Vec<Slot>,
     pub(crate) rng: Rng,
-    settings: BTreeMap<String, String>,
     disturbances: Vec<Disturbance>,
 }
 
@@ -105,28 +103,17 @@ fn manner(receiver: usize, seen: &Seen) -> (Duration, u16) {
 
 impl Bed {
     pub(crate) async fn new(story: &Story) -> Self {
-        let folder = tempfile::tempdir().expect("a folder");
-        let server = Server::start_new(folder.path(), "first").await;
-        let settings = [
-            ("SIGNING_SECRETS", SECRET),
-            ("ALLOW_DESTINATIONS", "127.0.0.0/8"),
-            ("ALLOW_HTTP", "true"),
-            ("LEASE", "3s"),
-            ("RECLAIM_GRACE", "300ms"),
-            ("STORE_TIMEOUT", "500ms"),
-            ("POLL_INTERVAL", "250ms"),
+        let (mut ground, server) = Ground::new().await;
+        let prepared = if story.database == Database::Pooled { "false" } else { "true" };
+        ground.set(&[
             ("CLAIM_BATCH", "100"),
             ("CONNECT_TIMEOUT", "2s"),
             ("REQUEST_TIMEOUT", "8s"),
-            ("RETRY_INITIAL", "100ms"),
-            ("RETRY_MAX", "1s"),
-            ("PREPARED_STATEMENTS", if story.database == Database::Pooled { "false" } else { "true" }),
-        ];
-        let settings = settings.map(|(name, value)| (name.to_owned(), value.to_owned())).into();
-        migrate(folder.path(), &server.url(), &settings).await;
+            ("PREPARED_STATEMENTS", prepared),
+        ]);
         server.run(include_str!("history.sql")).await;
         let mut bed = Self {
-            folder,
+            ground,
             server,
             standby: None,
             replication: None,
@@ -136,12 +123,11 @@ impl Bed {
             destinations: Vec::new(),
             slots: Vec::new(),
             rng: Rng::new(story.seed),
-            settings,
             disturbances: Vec::new(),
         };
         match story.database {
             Database::Single => {}
-            Database::Pooled => bed.pooler = Some(Pooler::start(bed.folder.path(), &bed.server).await),
+            Database::Pooled => bed.pooler = Some(Pooler::start(bed.ground.folder.path(), &bed.server).await),
             Database::Pair { synchronous } => bed.pair(synchronous).await,
         }
         for number in 0..RECEIVERS {
@@ -157,7 +143,7 @@ impl Bed {
 
     async fn pair(&mut self, synchronous: bool) {
         let replication = Proxy::start(Upstream::Unix(self.server.socket())).await;
-        let standby = Server::start_standby(self.folder.path(), "second", replication.address).await;
+        let standby = Server::start_standby(self.ground.folder.path(), "second", replication.address).await;
         if synchronous {
             self.server.set("alter system set synchronous_standby_names = '*'").await;
         }
@@ -183,9 +169,7 @@ impl Bed {
         let hosts: Vec<String> = databases.iter().map(|proxy| proxy.address.to_string()).collect();
         let query = if hosts.len() > 1 { "?target_session_attrs=read-write" } else { "" };
         let url = format!("postgres://postgres@{}/postgres{query}", hosts.join(","));
-        let mut command = leasehold(self.folder.path(), &url, &self.settings);
-        command.arg("run");
-        start_worker(command, self.folder.path(), &name(number, generation))
+        self.ground.worker(&name(number, generation), &url)
     }
 
     /// A new process in a slot whose process has ended.
@@ -206,22 +190,6 @@ impl Bed {
             assert!(ended.is_none(), "{} ended by itself: {ended:?}\n{}", slot.name(), slot.worker.log());
         }
     }
-
-    fn logs_are_clean(&self) {
-        for entry in std::fs::read_dir(self.folder.path()).expect("the folder").flatten() {
-            let path = entry.path();
-            if path.extension().is_some_and(|extension| extension == "log") {
-                let log = std::fs::read_to_string(&path).unwrap_or_default();
-                let bad = log.lines().find(|line| line.contains("panicked") || line.contains("ERROR"));
-                assert_eq!(bad, None, "in {}", path.display());
-            }
-        }
-    }
-}
-
-async fn migrate(folder: &Path, url: &str, settings: &BTreeMap<String, String>) {
-    let output = leasehold(folder, url, settings).arg("migrate").output().await.expect("it starts");
-    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
 }
 
 /// Writes events as an application does, again until each batch is confirmed.
@@ -287,10 +255,10 @@ impl Stalls {
     }
 }
 
-/// Resident memory of a process in KiB.
-fn resident(worker: &Worker) -> Option<u64> {
+/// A field of a process's memory in KiB: `VmRSS:` what is resident, `VmSize:` its address space.
+pub(crate) fn memory(worker: &Worker, field: &str) -> Option<u64> {
     let status = std::fs::read_to_string(format!("/proc/{}/status", worker.child.id()?)).ok()?;
-    let line = status.lines().find(|line| line.starts_with("VmRSS:"))?;
+    let line = status.lines().find(|line| line.starts_with(field))?;
     line.split_whitespace().nth(1)?.parse().ok()
 }
 
@@ -313,7 +281,7 @@ pub(crate) async fn play(story: Story) -> Verdict {
         bed.standby.as_ref().expect("a pair").until_it_has(story.events).await;
     }
     let start = Instant::now();
-    let mut memory = Memory::default();
+    let mut samples = Memory::default();
     let mut plan = Vec::new();
     while start.elapsed() < story.span {
         if plan.is_empty() {
@@ -328,9 +296,7 @@ pub(crate) async fn play(story: Story) -> Verdict {
         bed.inflict(plan.swap_remove(next)).await;
         primary.send_replace(bed.server.url());
         bed.nobody_ended();
-        if let Some(resident) = resident(&bed.slots[0].worker) {
-            memory.samples.push(resident);
-        }
+        samples.0.extend(memory(&bed.slots[0].worker, "VmRSS:"));
     }
     let last = Instant::now();
     if !pair {
@@ -348,7 +314,7 @@ pub(crate) async fn play(story: Story) -> Verdict {
     for slot in &mut bed.slots {
         assert_eq!(slot.worker.end().await, Some(0), "{} drains:\n{}", slot.name(), slot.worker.log());
     }
-    bed.logs_are_clean();
+    bed.ground.assert_logs_are_clean();
     let requests = bed.receivers.iter().flat_map(Receiver::seen).collect();
     let lossy = story.database == Database::Pair { synchronous: false };
     let disturbances = std::mem::take(&mut bed.disturbances);
@@ -361,7 +327,7 @@ pub(crate) async fn play(story: Story) -> Verdict {
         anchor,
         produced,
         stalls,
-        memory,
+        memory: samples,
         connection: &mut connection,
     })
     .await;

@@ -121,17 +121,16 @@ impl Bed {
             }
             Fault::Descriptors => {
                 let pid = self.slots[slot].worker.child.id().expect("it runs");
-                let open = std::fs::read_dir(format!("/proc/{pid}/fd")).expect("a process").count() as u64;
+                let old = open_files(pid);
+                let few = Rlimit { current: Some(8), maximum: old.maximum };
                 let pid = Pid::from_raw(pid.cast_signed());
-                // The hard limit stays, so that the soft one can be raised again.
-                let old = prlimit(pid, Resource::Nofile, Rlimit { current: Some(8), maximum: Some(4_096) });
-                assert!(open > 8, "it has more open than it may now");
+                prlimit(pid, Resource::Nofile, few).expect("an own child's limit");
                 self.slots[slot].databases.iter().for_each(|proxy| proxy.set(Weather::Refuse));
                 sleep(50 * MS).await;
                 self.slots[slot].databases.iter().for_each(|proxy| proxy.set(Weather::Fair));
                 let time = self.rng.between(500, 4_000);
                 sleep(time).await;
-                prlimit(pid, Resource::Nofile, old.expect("an own child's limit")).expect("the old limit");
+                prlimit(pid, Resource::Nofile, old).expect("the old limit");
             }
             Fault::Crash => {
                 worker = None;
@@ -236,6 +235,14 @@ impl Bed {
         standby.promote().await;
         std::mem::swap(&mut self.server, &mut standby);
     }
+}
+
+/// The limit of open files of a process.
+fn open_files(pid: u32) -> Rlimit {
+    let limits = std::fs::read_to_string(format!("/proc/{pid}/limits")).expect("a process");
+    let line = limits.lines().find(|line| line.starts_with("Max open files")).expect("a line");
+    let mut numbers = line.split_whitespace().skip(3).map(|number| number.parse().ok());
+    Rlimit { current: numbers.next().flatten(), maximum: numbers.next().flatten() }
 }
 
 /// The draws of a seed.

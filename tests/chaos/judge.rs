@@ -28,15 +28,13 @@ pub(crate) struct Evidence<'a> {
 
 /// The resident memory of one worker that lived through it all, in KiB.
 #[derive(Default)]
-pub(crate) struct Memory {
-    pub(crate) samples: Vec<u64>,
-}
+pub(crate) struct Memory(pub(crate) Vec<u64>);
 
 impl Memory {
     /// The most in a part of the samples, in quarters.
     pub(crate) fn most(&self, quarters: std::ops::Range<usize>) -> u64 {
-        let at = |quarter: usize| self.samples.len() * quarter / 4;
-        self.samples[at(quarters.start)..at(quarters.end)].iter().copied().max().unwrap_or(0)
+        let at = |quarter: usize| self.0.len() * quarter / 4;
+        self.0[at(quarters.start)..at(quarters.end)].iter().copied().max().unwrap_or(0)
     }
 }
 
@@ -53,7 +51,7 @@ pub(crate) struct Verdict {
     /// Pairs of requests for one event open at once, of workers that were stopped or cut off from the destination.
     pub(crate) overlaps: usize,
     pub(crate) takeovers: usize,
-    /// The longest that a takeover came after lease and grace, in microseconds; of killed workers alone.
+    /// The longest that a takeover came after lease and grace while the database was there, in microseconds.
     pub(crate) latest_takeover: i64,
     /// The longest until work went on after an outage, in microseconds.
     pub(crate) latest_resume: i64,
@@ -325,10 +323,15 @@ impl Judge {
             if !self.disturbed(Some(owner), held_since, until, Fault::touches_leases) {
                 self.wrong(format!("the lease of {event} ran out although {owner} was healthy"));
             }
-            // An embargo or a database that is away holds takeovers up.
-            let others = |fault| fault != Fault::Kill && fault != Fault::Restart;
+            // A database that is away, and the embargo after that, hold up every worker.
             let before = at - 3 * micros(LEASE);
-            if !self.disturbed(None, before, at, others) {
+            let held_up = self.disturbances.iter().any(|disturbance| {
+                disturbance.worker.is_none()
+                    && disturbance.fault.touches_leases()
+                    && disturbance.begin <= at
+                    && disturbance.end >= before
+            });
+            if !held_up {
                 let late = at - until - grace;
                 self.verdict.latest_takeover = self.verdict.latest_takeover.max(late);
                 if late > search + 1_000_000 + self.stalls.between(until, at) {

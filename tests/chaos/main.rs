@@ -7,7 +7,10 @@ mod bed;
 #[path = "../common/mod.rs"]
 mod common;
 mod faults;
+mod ground;
+mod hostile;
 mod judge;
+mod limits;
 #[path = "../../src/demo/postgres_binaries.rs"]
 mod postgres_binaries;
 mod proxy;

@@ -22,7 +22,9 @@ pub(crate) struct Server {
 
 fn program(name: &str, home: &Path) -> Command {
     let binaries = find_binaries().expect("server binaries of Postgres (initdb, postgres) on this machine");
-    let mut command = command(&binaries.join(name), home, server_user());
+    // In `PATH` there may be links to some of them alone.
+    let initdb = binaries.join("initdb").canonicalize().expect("it is there");
+    let mut command = command(&initdb.with_file_name(name), home, server_user());
     command.kill_on_drop(true);
     command
 }

@@ -288,9 +288,11 @@ impl Postgres {
     ) -> Result<Vec<PgRow>, sqlx::Error> {
         let millis = self.options.store_timeout.as_millis();
         let mut transaction = connection.begin().await?;
-        sqlx::raw_sql(sqlx::AssertSqlSafe(format!("set local statement_timeout = {millis}")))
-            .execute(&mut *transaction)
-            .await?;
+        // The second bounds how long rows stay locked when this side is cut off in the middle of the transaction.
+        let bounds = format!(
+            "set local statement_timeout = {millis}; set local idle_in_transaction_session_timeout = {millis}"
+        );
+        sqlx::raw_sql(sqlx::AssertSqlSafe(bounds)).execute(&mut *transaction).await?;
         let rows = query.persistent(false).fetch_all(&mut *transaction).await?;
         transaction.commit().await?;
         Ok(rows)
