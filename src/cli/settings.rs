@@ -131,7 +131,7 @@ pub const SETTINGS: &[Setting] = &[
     setting("allow_http", Kind::Bool, Some("false"), "Allows http:// destinations"),
     setting("drain_timeout", Kind::Duration, Some("28s"), "How long a shutdown may take; more than 2 * store_timeout"),
     setting("admin_addr", Kind::Text, None, "Address and port of health, metrics and status; default: off"),
-    setting("log", Kind::Text, Some("info"), "Log filter: a level, or target=level with commas"),
+    setting("log", Kind::Text, Some("info"), "Log filter: a level for leasehold's own lines, or target=level with commas"),
     setting("log_format", Kind::Text, Some("text"), "text, or json for machines"),
 ];
 
