@@ -166,8 +166,12 @@ impl Bed {
     }
 
     fn start(&self, number: usize, generation: u32, databases: &[Proxy]) -> Worker {
-        let hosts: Vec<String> = databases.iter().map(|proxy| proxy.address.to_string()).collect();
-        let query = if hosts.len() > 1 { "?target_session_attrs=read-write" } else { "" };
+        let mut hosts: Vec<String> = databases.iter().map(|proxy| proxy.address.to_string()).collect();
+        let mut query = "";
+        if hosts.len() > 1 {
+            hosts.insert(1, "nowhere.invalid:5432".to_owned());
+            query = "?target_session_attrs=read-write";
+        }
         let url = format!("postgres://postgres@{}/postgres{query}", hosts.join(","));
         self.ground.worker(&name(number, generation), &url)
     }

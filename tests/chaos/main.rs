@@ -43,13 +43,13 @@ const SLOW: proxy::Weather = Slow(Duration::from_millis(60));
 #[tokio::test(flavor = "multi_thread")]
 async fn workers_are_killed_stopped_and_restarted() {
     const FAULTS: &[Fault] = &[Kill, Kill, Pause, Restart, Kill, Starve, Descriptors];
-    story("workers", 1, Database::Single, 25, FAULTS).await;
+    story("workers", 1, Database::Single, 22, FAULTS).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_database_crashes_hangs_and_refuses() {
     const FAULTS: &[Fault] = &[Crash, Terminate, ReadOnly, HoldRows, LockTable, HangCommits];
-    story("database", 2, Database::Single, 25, FAULTS).await;
+    story("database", 2, Database::Single, 22, FAULTS).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -67,7 +67,7 @@ async fn the_network_is_cut() {
         Destination(Garbage),
         Destination(SLOW),
     ];
-    story("network", 3, Database::Single, 30, FAULTS).await;
+    story("network", 3, Database::Single, 28, FAULTS).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -83,7 +83,7 @@ async fn a_synchronous_standby_is_promoted() {
 #[tokio::test(flavor = "multi_thread")]
 async fn through_a_pooler_in_transaction_mode() {
     const FAULTS: &[Fault] = &[PoolerCrash, Kill, Crash, Terminate, Database(Cut), HangCommits];
-    story("pooler", 6, Database::Pooled, 20, FAULTS).await;
+    story("pooler", 6, Database::Pooled, 18, FAULTS).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -116,7 +116,7 @@ async fn everything_at_once() {
         Destination(SLOW),
     ];
     let _alone = ALONE.lock().await;
-    let seconds: u64 = from_environment("CHAOS_SECONDS").unwrap_or(45);
+    let seconds: u64 = from_environment("CHAOS_SECONDS").unwrap_or(35);
     let events = from_environment("CHAOS_EVENTS").unwrap_or(100 * seconds as u32);
     let seed = from_environment("CHAOS_SEED").unwrap_or(7);
     let span = Duration::from_secs(seconds);
