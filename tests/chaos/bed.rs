@@ -17,6 +17,7 @@ use crate::server::{Pooler, Server};
 
 pub(crate) const LEASE: Duration = Duration::from_secs(3);
 pub(crate) const GRACE: Duration = Duration::from_millis(300);
+pub(crate) const FENCE_MARGIN: Duration = Duration::from_millis(300);
 pub(crate) const STORE_TIMEOUT: Duration = Duration::from_millis(500);
 pub(crate) const POLL: Duration = Duration::from_millis(250);
 const RECEIVERS: usize = 4;
@@ -302,7 +303,6 @@ pub(crate) async fn play(story: Story) -> Verdict {
         bed.nobody_ended();
         samples.0.extend(memory(&bed.slots[0].worker, "VmRSS:"));
     }
-    let last = Instant::now();
     if !pair {
         tokio::time::timeout(story.span + PATIENCE, producer)
             .await
@@ -310,7 +310,7 @@ pub(crate) async fn play(story: Story) -> Verdict {
             .expect("no panic");
     }
     let produced = micros_now();
-    until_done(&bed, last).await;
+    until_done(&bed).await;
     bed.nobody_ended();
     for slot in &bed.slots {
         slot.worker.signal(rustix::process::Signal::TERM);
@@ -339,20 +339,21 @@ pub(crate) async fn play(story: Story) -> Verdict {
     verdict
 }
 
-/// Waits until every event is terminal.
-async fn until_done(bed: &Bed, since: Instant) {
+/// Waits until every event is terminal, as long as it goes on.
+async fn until_done(bed: &Bed) {
     let mut connection = bed.server.admin().await;
-    loop {
+    let (mut least, mut since) = (i64::MAX, Instant::now());
+    while least > 0 {
         let pending: i64 = sqlx::query_scalar(
             "select count(*) from leasehold.outbox_events where delivery_status = 'pending'",
         )
         .fetch_one(&mut connection)
         .await
         .expect("a count");
-        if pending == 0 {
-            return;
+        if pending < least {
+            (least, since) = (pending, Instant::now());
         }
-        assert!(since.elapsed() < 2 * PATIENCE, "{pending} events are still pending");
+        assert!(since.elapsed() < PATIENCE, "{pending} events are still pending");
         sleep(50 * MS).await;
     }
 }

@@ -20,6 +20,7 @@ impl Ground {
             ("ALLOW_DESTINATIONS", "127.0.0.0/8"),
             ("ALLOW_HTTP", "true"),
             ("LEASE", "3s"),
+            ("FENCE_MARGIN", "300ms"),
             ("RECLAIM_GRACE", "300ms"),
             ("STORE_TIMEOUT", "500ms"),
             ("POLL_INTERVAL", "250ms"),

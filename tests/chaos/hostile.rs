@@ -16,10 +16,7 @@ use crate::common::{MS, PATIENCE, Receiver};
 use crate::ground::Ground;
 
 /// Serves every connection in a task of its own.
-async fn serve<F: Future<Output = ()> + Send>(each: fn(TcpStream) -> F) -> SocketAddr
-where
-    F: 'static,
-{
+async fn serve<F: Future<Output = ()> + Send + 'static>(each: fn(TcpStream) -> F) -> SocketAddr {
     // All of 127.0.0.0/8, so that there can be as many destinations as are wanted.
     let listener = TcpListener::bind(("0.0.0.0", 0)).await.expect("a port");
     let address = listener.local_addr().expect("bound");

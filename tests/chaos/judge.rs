@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use sqlx::{PgConnection, Row};
 
-use crate::bed::{GRACE, LEASE, POLL, STORE_TIMEOUT, Stalls};
+use crate::bed::{FENCE_MARGIN, GRACE, LEASE, POLL, STORE_TIMEOUT, Stalls};
 use crate::common::Seen;
 use crate::faults::{Disturbance, Fault};
 
@@ -57,6 +57,8 @@ pub(crate) struct Verdict {
     pub(crate) latest_resume: i64,
     /// Requests whose leases a failover forgot.
     pub(crate) forgotten: usize,
+    /// How long the machine starved this process, in microseconds.
+    pub(crate) starved: i64,
     pub(crate) memory: Memory,
     pub(crate) wrong: Vec<String>,
 }
@@ -84,7 +86,8 @@ impl fmt::Display for Verdict {
         write!(
             f,
             "{} events, {} requests, {} duplicates, {} broken off, {} excused overlaps, {} forgotten; {} takeovers, the \
-             latest {} ms after lease and grace; work resumed within {} ms; memory {} to {} KiB; faults: {}",
+             latest {} ms after lease and grace; work resumed within {} ms; \
+             starved for {} ms; memory {} to {} KiB; faults: {}",
             self.events,
             self.requests,
             self.duplicates,
@@ -94,6 +97,7 @@ impl fmt::Display for Verdict {
             self.takeovers,
             self.latest_takeover / 1_000,
             self.latest_resume / 1_000,
+            self.starved / 1_000,
             self.memory.most(0..2),
             self.memory.most(3..4),
             faults.join(", ")
@@ -128,6 +132,7 @@ pub(crate) async fn judge(evidence: Evidence<'_>) -> Verdict {
         verdict: Verdict {
             events: evidence.events,
             requests: evidence.requests.len(),
+            starved: evidence.stalls.between(i64::MIN, i64::MAX - 1_000_000),
             memory: evidence.memory,
             ..Verdict::default()
         },
@@ -186,9 +191,12 @@ impl Judge {
         self.verdict.wrong.push(text);
     }
 
-    /// A disturbance of a worker within a span of time, that is of this kind.
+    /// A disturbance of a worker within a span of time, that is of this kind; or a machine that starved it (S2).
     fn disturbed(&self, owner: Option<&str>, begin: i64, end: i64, kind: impl Fn(Fault) -> bool) -> bool {
         let slack = self.stalls.between(begin, end);
+        if slack > micros(FENCE_MARGIN) {
+            return true;
+        }
         self.disturbances.iter().any(|disturbance| {
             let concerns = match (&disturbance.worker, owner) {
                 (Some(worker), Some(owner)) => worker == owner,
