@@ -198,7 +198,13 @@ impl Bed {
 }
 
 /// Writes events as an application does, again until each batch is confirmed.
-async fn produce(mut server: watch::Receiver<String>, urls: Vec<String>, events: u32, span: Duration) {
+async fn produce(
+    mut server: watch::Receiver<String>,
+    urls: Vec<String>,
+    events: u32,
+    span: Duration,
+    due_over: Duration,
+) {
     let start = Instant::now();
     let (mut connection, mut written) = (None, 0);
     while written < events {
@@ -217,13 +223,15 @@ async fn produce(mut server: watch::Receiver<String>, urls: Vec<String>, events:
             continue;
         };
         let insert = sqlx::query(
-            "insert into leasehold.outbox_events (event_id, event_type, destination_url, payload, max_attempts)
+            "insert into leasehold.outbox_events
+                 (event_id, event_type, destination_url, payload, max_attempts, next_attempt_at)
              select 'e' || n, 'test.happened', ($1::text[])[1 + n % cardinality($1)],
-                 jsonb_build_object('number', n), 10000
+                 jsonb_build_object('number', n), 10000, now() + n * $4 * interval '1 second'
              from generate_series($2::int, $3::int - 1) n
              on conflict (event_id) do nothing",
         );
-        let insert = insert.bind(&urls).bind(written as i32).bind(until as i32).execute(open);
+        let apart = due_over.as_secs_f64() / f64::from(events);
+        let insert = insert.bind(&urls).bind(written as i32).bind(until as i32).bind(apart).execute(open);
         match tokio::time::timeout(Duration::from_secs(10), insert).await {
             Ok(Ok(_)) => written = until,
             _ => connection = None,
@@ -278,8 +286,9 @@ pub(crate) async fn play(story: Story) -> Verdict {
         following,
         urls,
         story.events,
-        // What is lost of an asynchronous pair must not be events.
+        // What is lost of an asynchronous pair must not be events: they are there before, and due one after the other.
         if pair { Duration::ZERO } else { story.span },
+        if pair { story.span } else { Duration::ZERO },
     ));
     if pair {
         (&mut producer).await.expect("no panic");

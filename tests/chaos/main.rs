@@ -20,6 +20,7 @@ use std::time::Duration;
 
 use bed::{Database, Story, play};
 use faults::Fault::{self, *};
+use judge::Verdict;
 use proxy::Weather::*;
 use tokio::sync::Mutex;
 
@@ -30,12 +31,14 @@ fn from_environment<T: std::str::FromStr>(name: &str) -> Option<T> {
     std::env::var(name).ok().map(|value| value.parse().ok().expect("a number"))
 }
 
-async fn story(name: &str, seed: u64, database: Database, seconds: u64, faults: &'static [Fault]) {
+async fn story(name: &str, seed: u64, database: Database, seconds: u64, faults: &'static [Fault]) -> Verdict {
     let _alone = ALONE.lock().await;
     let seed = from_environment("CHAOS_SEED").unwrap_or(seed);
     let events = 100 * seconds as u32;
     let story = Story { seed, database, workers: 3, events, span: Duration::from_secs(seconds), faults };
-    play(story).await.hold(name);
+    let verdict = play(story).await;
+    verdict.hold(name);
+    verdict
 }
 
 const SLOW: proxy::Weather = Slow(Duration::from_millis(60));
@@ -72,7 +75,9 @@ async fn the_network_is_cut() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_standby_is_promoted_that_lacks_confirmed_commits() {
-    story("asynchronous failover", 4, Database::Pair { synchronous: false }, 10, &[Failover]).await;
+    let pair = Database::Pair { synchronous: false };
+    let verdict = story("asynchronous failover", 4, pair, 10, &[Failover]).await;
+    assert!(verdict.forgotten > 0, "no confirmed commit was lost: the failover showed nothing");
 }
 
 #[tokio::test(flavor = "multi_thread")]
