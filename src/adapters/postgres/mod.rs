@@ -273,7 +273,7 @@ impl Postgres {
                 match fault {
                     // The server answered on a sound connection.
                     StoreFault::Permanent { .. } if self.options.prepared_statements => connection.put_back(),
-                    _ => self.hosts.look_elsewhere(&error),
+                    _ => self.hosts.look_elsewhere(connection.from, &error),
                 }
                 Err(fault)
             }
