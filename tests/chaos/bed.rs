@@ -293,6 +293,8 @@ pub(crate) async fn play(story: Story) -> Verdict {
     if pair {
         (&mut producer).await.expect("no panic");
         bed.standby.as_ref().expect("a pair").until_it_has(story.events).await;
+        // The workers have found the primary behind a standby and a name without an address.
+        bed.receivers[0].until_seen(20).await;
     }
     let start = Instant::now();
     let mut samples = Memory::default();
