@@ -134,7 +134,7 @@ pub const SETTINGS: &[Setting] = &[
     setting("retain", Kind::Text, Some("keep"), "What becomes of delivered events: keep, archive (Postgres) or delete; one that left no longer guards its id against being enqueued again"),
     setting("retain_for", Kind::Duration, Some("720h"), "How long a delivered event is kept: in the outbox before delete, in the archive before its day is dropped; 1m to 876000h"),
     setting("admin_addr", Kind::Text, None, "Address and port of health, metrics and status; default: off"),
-    setting("log", Kind::Text, Some("info"), "Log filter: a level, or target=level with commas"),
+    setting("log", Kind::Text, Some("info"), "Log filter: a level for leasehold's own lines, or target=level with commas"),
     setting("log_format", Kind::Text, Some("text"), "text, or json for machines"),
 ];
 

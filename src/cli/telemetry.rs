@@ -1,8 +1,10 @@
 //! Log lines.
 
+use std::borrow::Cow;
 use std::io::{self, IsTerminal as _};
 
 use tracing_subscriber::EnvFilter;
+use tracing_subscriber::filter::LevelFilter;
 
 use super::settings::{LogFormat, LogSettings};
 
@@ -11,10 +13,31 @@ use super::settings::{LogFormat, LogSettings};
 /// # Errors
 /// The filter doesn't parse, or something else has taken the process's logs.
 pub fn init(settings: &LogSettings) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
-    let filter = EnvFilter::builder().parse(&settings.filter)?;
+    let filter = EnvFilter::builder().parse(own(&settings.filter))?;
     let lines = tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr).with_target(false);
     match settings.format {
         LogFormat::Text => lines.with_ansi(io::stderr().is_terminal()).try_init(),
         LogFormat::Json => lines.json().flatten_event(true).try_init(),
+    }
+}
+
+/// A bare level is meant for the lines of this program. Libraries call errors what is expected here, such as a standby
+/// among the hosts or a destination's bad certificate.
+fn own(filter: &str) -> Cow<'_, str> {
+    match filter.parse::<LevelFilter>() {
+        Ok(level) => format!("leasehold={level}").into(),
+        Err(_) => filter.into(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::own;
+
+    #[test]
+    fn a_bare_level_is_for_own_lines() {
+        assert_eq!(own("info"), "leasehold=info");
+        assert_eq!(own("warn,sqlx=info"), "warn,sqlx=info");
+        assert_eq!(own("sqlx=debug"), "sqlx=debug");
     }
 }

@@ -2,6 +2,7 @@
 //! killed in the middle, and a verdict from what the receivers and the table recorded.
 
 mod postgres;
+mod postgres_binaries;
 mod receivers;
 mod verdict;
 mod view;

@@ -86,7 +86,7 @@ async fn a_killed_workers_events_are_taken_over_after_lease_and_grace() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_worker_stopped_past_its_lease_fences_itself_when_it_goes_on() {
     let bed = Bed::new().await.set(&[("LEASE", "1s")]);
-    let receiver = Receiver::start(|attempt| (if attempt == 1 { 8_000 * MS } else { MS }, 200)).await;
+    let receiver = Receiver::start(|seen| (if seen.attempt == 1 { 8_000 * MS } else { MS }, 200)).await;
     bed.insert(&receiver.url(), 1).await;
     let stopped = bed.worker("stopped", &[]);
     receiver.until_seen(1).await;
@@ -98,7 +98,10 @@ async fn a_worker_stopped_past_its_lease_fences_itself_when_it_goes_on() {
     bed.until("delivery_status = 'delivered'", 1).await;
     let seen = receiver.seen();
     let first = &seen[0];
-    assert!(first.closed.is_some() && !first.answered, "the stopped worker's request was aborted: {first:?}");
+    assert!(
+        first.closed.is_some() && first.answered.is_none(),
+        "the stopped worker's request was aborted: {first:?}"
+    );
     assert_eq!(bed.count("attempts = 1").await, 1, "only the heir's try was settled");
 }
 

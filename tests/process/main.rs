@@ -2,6 +2,8 @@
 
 mod bed;
 mod commands;
+#[path = "../common/mod.rs"]
+mod common;
 mod compatibility;
 mod leases;
 mod signals;

@@ -55,7 +55,7 @@ impl Hosts {
     }
 
     fn index(&self) -> usize {
-        self.current.load(Ordering::Relaxed) % self.plain.len()
+        self.current.load(Ordering::Relaxed)
     }
 
     /// A pool that connects when first used, and follows [`Self::look_elsewhere`].
@@ -101,25 +101,26 @@ impl Hosts {
     }
 
     pub(super) async fn acquire(&self, pool: &PgPool) -> Result<Borrowed, sqlx::Error> {
-        let mut looking = Looking { hosts: self, found: false };
+        let mut looking = Looking { hosts: self, from: self.index(), found: false };
         let connection = pool.acquire().await?;
         looking.found = true;
-        Ok(Borrowed(Some(connection)))
+        Ok(Borrowed { connection: Some(connection), from: looking.from })
     }
 
     /// After an error that another host might not give.
-    pub(super) fn look_elsewhere(&self, error: &sqlx::Error) {
+    pub(super) fn look_elsewhere(&self, from: usize, error: &sqlx::Error) {
         let standby = |code: &str| matches!(code, "25006" | "55000" | "57P03");
         match error {
             sqlx::Error::Database(error) if !error.code().as_deref().is_some_and(standby) => {}
-            _ => self.turn(),
+            _ => self.turn(from),
         }
     }
 
-    fn turn(&self) {
-        if self.bounded.len() > 1 {
-            let next = (self.index() + 1) % self.bounded.len();
-            self.current.store(next, Ordering::Relaxed);
+    /// Turns away from a host, unless another call that failed there has done so: two turns would pass one over.
+    fn turn(&self, from: usize) {
+        let next = (from + 1) % self.bounded.len();
+        let turned = self.current.compare_exchange(from, next, Ordering::Relaxed, Ordering::Relaxed);
+        if next != from && turned.is_ok() {
             for pool in self.pools.lock().unwrap_or_else(PoisonError::into_inner).iter() {
                 pool.set_connect_options(self.bounded[next].clone());
             }
@@ -139,33 +140,38 @@ async fn refuse_standby(connection: &mut PgConnection) -> Result<(), sqlx::Error
 /// Turns to the next host if a connection was not got, be it that the caller stopped waiting.
 struct Looking<'a> {
     hosts: &'a Hosts,
+    from: usize,
     found: bool,
 }
 
 impl Drop for Looking<'_> {
     fn drop(&mut self) {
         if !self.found {
-            self.hosts.turn();
+            self.hosts.turn(self.from);
         }
     }
 }
 
 /// A connection that is closed when dropped, unless it was put back: what a call left on it is not known.
-pub(super) struct Borrowed(Option<PoolConnection<Postgres>>);
+pub(super) struct Borrowed {
+    connection: Option<PoolConnection<Postgres>>,
+    /// The host that was looked at when it was asked for.
+    pub(super) from: usize,
+}
 
 impl Borrowed {
     pub(super) fn get(&mut self) -> &mut PgConnection {
-        self.0.as_mut().expect("a connection is there until it is put back")
+        self.connection.as_mut().expect("a connection is there until it is put back")
     }
 
     pub(super) fn put_back(mut self) {
-        drop(self.0.take());
+        drop(self.connection.take());
     }
 }
 
 impl Drop for Borrowed {
     fn drop(&mut self) {
-        if let Some(connection) = self.0.take() {
+        if let Some(connection) = self.connection.take() {
             drop(connection.detach());
         }
     }
@@ -174,6 +180,21 @@ impl Drop for Borrowed {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn calls_that_fail_together_turn_once() {
+        let options = PostgresOptions {
+            store_timeout: Duration::from_secs(5),
+            max_payload: 1,
+            prepared_statements: true,
+        };
+        let hosts = Hosts::parse("postgres://a,b/shop", &options).expect("a URL");
+        hosts.turn(0);
+        hosts.turn(0);
+        assert_eq!(hosts.index(), 1);
+        hosts.turn(1);
+        assert_eq!(hosts.index(), 0);
+    }
 
     fn hosts(url: &str) -> Vec<(String, u16)> {
         let options = PostgresOptions {

@@ -7,8 +7,9 @@ fn by_sqlstate(code: &str, error: String) -> StoreFault {
     match code {
         // The session was ended, or the server is going down: the commit may have happened before.
         "57P01" | "57P02" | "57P03" | "57P05" => StoreFault::Unknown { error },
-        // Surely rolled back, and worth repeating: cancelled, read-only, not a primary (any more), lock not available.
-        "57014" | "25006" | "55000" | "55006" | "55P03" => StoreFault::NotApplied { error },
+        // Surely rolled back, and worth repeating: cancelled, idle for too long in a transaction, read-only, not a primary
+        // (any more), lock not available.
+        "57014" | "25P03" | "25006" | "55000" | "55006" | "55P03" => StoreFault::NotApplied { error },
         _ => match code.get(..2) {
             // Connection failures.
             Some("08") => StoreFault::Unknown { error },
@@ -69,6 +70,7 @@ mod tests {
             ("57P03", "unknown"),     // cannot_connect_now
             ("08006", "unknown"),     // connection_failure
             ("57014", "not applied"), // query_canceled, statement_timeout included
+            ("25P03", "not applied"), // idle_in_transaction_session_timeout
             ("40001", "not applied"), // serialization_failure
             ("40P01", "not applied"), // deadlock_detected
             ("25006", "not applied"), // read_only_sql_transaction

@@ -300,18 +300,21 @@ impl Postgres {
                 match fault {
                     // The server answered on a sound connection.
                     StoreFault::Permanent { .. } if self.options.prepared_statements => connection.put_back(),
-                    _ => self.hosts.look_elsewhere(&error),
+                    _ => self.hosts.look_elsewhere(connection.from, &error),
                 }
                 Err(fault)
             }
         }
     }
 
-    /// Bounds the statements of a transaction where the connection doesn't.
+    /// Bounds the statements of a transaction where the connection doesn't, and how long its rows stay locked when this
+    /// side is cut off in the middle of it.
     async fn bound(&self, connection: &mut sqlx::PgConnection) -> Result<(), sqlx::Error> {
         let millis = self.options.store_timeout.as_millis();
-        let set = sqlx::AssertSqlSafe(format!("set local statement_timeout = {millis}"));
-        sqlx::raw_sql(set).execute(connection).await.map(|_| ())
+        let bounds = format!(
+            "set local statement_timeout = {millis}; set local idle_in_transaction_session_timeout = {millis}"
+        );
+        sqlx::raw_sql(sqlx::AssertSqlSafe(bounds)).execute(connection).await.map(|_| ())
     }
 
     /// For poolers in transaction mode: nothing outlives the transaction.

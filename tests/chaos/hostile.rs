@@ -1,0 +1,177 @@
+//! Destinations that mean harm, by the thousand, beside one that doesn't.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Instant;
+
+use rustls::pki_types::PrivateKeyDer;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::time::sleep;
+use tokio_rustls::{TlsAcceptor, rustls};
+
+use crate::ALONE;
+use crate::bed::memory;
+use crate::common::{MS, PATIENCE, Receiver};
+use crate::ground::Ground;
+
+/// Serves every connection in a task of its own.
+async fn serve<F: Future<Output = ()> + Send + 'static>(each: fn(TcpStream) -> F) -> SocketAddr {
+    // All of 127.0.0.0/8, so that there can be as many destinations as are wanted.
+    let listener = TcpListener::bind(("0.0.0.0", 0)).await.expect("a port");
+    let address = listener.local_addr().expect("bound");
+    tokio::spawn(async move {
+        while let Ok((stream, _)) = listener.accept().await {
+            tokio::spawn(each(stream));
+        }
+    });
+    address
+}
+
+/// A header that never ends, byte by byte.
+async fn slow_headers(mut stream: TcpStream) {
+    let mut head = [0; 1_024];
+    let _ = stream.read(&mut head).await;
+    let _ = stream.write_all(b"HTTP/1.1 200 OK\r\nx-slow: ").await;
+    while stream.write_all(b"a").await.is_ok() {
+        sleep(200 * MS).await;
+    }
+}
+
+/// A success whose body never ends.
+async fn endless_body(mut stream: TcpStream) {
+    let mut head = [0; 1_024];
+    let _ = stream.read(&mut head).await;
+    let _ = stream.write_all(b"HTTP/1.1 200 OK\r\n\r\n").await;
+    while stream.write_all(&[b'a'; 16 * 1_024]).await.is_ok() {}
+}
+
+/// A TLS server whose certificate nobody trusts.
+async fn bad_certificate(stream: TcpStream) {
+    let own = rcgen::generate_simple_self_signed(["127.0.0.1".to_owned()]).expect("a certificate");
+    let key = PrivateKeyDer::try_from(own.signing_key.serialize_der()).expect("a key");
+    let config =
+        rustls::ServerConfig::builder_with_provider(Arc::new(rustls::crypto::aws_lc_rs::default_provider()))
+            .with_safe_default_protocol_versions()
+            .expect("versions")
+            .with_no_client_auth()
+            .with_single_cert(vec![own.cert.der().clone()], key)
+            .expect("a certificate");
+    let _ = TlsAcceptor::from(Arc::new(config)).accept(stream).await;
+}
+
+/// Thousands of open requests that lead nowhere neither hold up a healthy destination nor cost memory, and what is said
+/// about each failure names its cause.
+#[tokio::test(flavor = "multi_thread")]
+async fn thousands_of_hostile_destinations_harm_no_other() {
+    let _alone = ALONE.lock().await;
+    let (mut ground, server) = Ground::new().await;
+    ground.set(&[
+        ("MAX_IN_FLIGHT", "3000"),
+        ("MAX_LEASED", "4000"),
+        ("REQUEST_TIMEOUT", "6s"),
+        ("CONNECT_TIMEOUT", "2s"),
+    ]);
+    let healthy = Receiver::start(|_| (5 * MS, 200)).await;
+    let (slow, endless, bad) = (
+        serve(slow_headers).await.port(),
+        serve(endless_body).await.port(),
+        serve(bad_certificate).await.port(),
+    );
+    let refused = {
+        let listener = TcpListener::bind(("127.0.0.1", 0)).await.expect("a port");
+        listener.local_addr().expect("bound").port()
+    };
+    let mut connection = server.admin().await;
+    sqlx::query(
+        "insert into leasehold.outbox_events (event_id, event_type, destination_url, payload, max_attempts)
+         select kind || n, kind, case kind
+                 when 'slow' then format('http://127.1.%s.%s:%s/', n / 250, 1 + n % 250, $1::int)
+                 when 'endless' then format('http://127.2.0.%s:%s/', 1 + n % 250, $2::int)
+                 when 'certificate' then format('https://127.0.0.1:%s/', $3::int)
+                 when 'refused' then format('http://127.3.0.%s:%s/', 1 + n % 250, $4::int)
+                 when 'name' then format('http://host-%s.invalid/', n)
+                 when 'tls' then format('https://%s/', $5)
+             end, '{}', 2
+         from (values ('slow', 2000), ('endless', 100), ('certificate', 20), ('refused', 300), ('name', 20), ('tls', 20))
+             as kinds (kind, count), generate_series(1, count) n",
+    )
+    .bind(i32::from(slow))
+    .bind(i32::from(endless))
+    .bind(i32::from(bad))
+    .bind(i32::from(refused))
+    .bind(healthy.address.to_string())
+    .execute(&mut connection)
+    .await
+    .expect("an insert");
+    let mut worker = ground.worker("worker", &server.url());
+    let leased =
+        "select count(*) from leasehold.outbox_events where event_type = 'slow' and lease_owner is not null";
+    let start = Instant::now();
+    while sqlx::query_scalar::<_, i64>(leased).fetch_one(&mut connection).await.expect("a count") < 1_500 {
+        assert!(start.elapsed() < PATIENCE, "the slow ones are not under way");
+        sleep(20 * MS).await;
+    }
+    sqlx::query(
+        "insert into leasehold.outbox_events (event_id, event_type, destination_url, payload)
+         select 'healthy' || n, 'healthy', $1, '{}' from generate_series(1, 200) n",
+    )
+    .bind(healthy.url())
+    .execute(&mut connection)
+    .await
+    .expect("an insert");
+    let mut most = 0;
+    let outcomes: Vec<(String, String, i32, i64, String)> = loop {
+        most = most.max(memory(&worker, "VmRSS:").expect("it runs"));
+        let pending: i64 = sqlx::query_scalar(
+            "select count(*) from leasehold.outbox_events where delivery_status = 'pending'",
+        )
+        .fetch_one(&mut connection)
+        .await
+        .expect("a count");
+        if pending == 0 {
+            break sqlx::query_as(
+                "select event_type, delivery_status, attempts, count(*), min(coalesce(last_error, ''))
+                 from leasehold.outbox_events group by 1, 2, 3 order by 1",
+            )
+            .fetch_all(&mut connection)
+            .await
+            .expect("the table");
+        }
+        assert!(start.elapsed() < PATIENCE, "{pending} events are still pending");
+        sleep(50 * MS).await;
+    };
+    println!("hostile destinations: at most {most} KiB; {outcomes:?}");
+    let expected = [
+        ("certificate", "failed", 2, 20, "TLS"),
+        ("endless", "delivered", 1, 100, ""),
+        ("healthy", "delivered", 1, 200, ""),
+        ("name", "failed", 2, 20, "DNS"),
+        ("refused", "failed", 2, 300, "refused"),
+        ("slow", "failed", 2, 2_000, "timed out"),
+        ("tls", "failed", 2, 20, "TLS"),
+    ];
+    assert_eq!(outcomes.len(), expected.len(), "{outcomes:?}");
+    for ((kind, status, attempts, count, error), expected) in outcomes.iter().zip(expected) {
+        assert_eq!(
+            (kind.as_str(), status.as_str(), *attempts, *count),
+            (expected.0, expected.1, expected.2, expected.3)
+        );
+        assert!(error.to_lowercase().contains(&expected.4.to_lowercase()), "{kind}: {error:?}");
+    }
+    // The healthy destination got each event once, and none waited for the slow ones.
+    let seen = healthy.seen();
+    assert_eq!(seen.iter().filter(|seen| seen.event.starts_with("healthy")).count(), 200);
+    let late: i64 = sqlx::query_scalar(
+        "select count(*) from leasehold.outbox_events as healthy where event_type = 'healthy' and delivered_at >
+             (select min(updated_at) from leasehold.outbox_events where event_type = 'slow' and attempts = 2)",
+    )
+    .fetch_one(&mut connection)
+    .await
+    .expect("a count");
+    assert_eq!(late, 0, "of the healthy, after the first slow one had timed out twice");
+    assert!(most < 256 * 1_024, "{most} KiB");
+    worker.signal(rustix::process::Signal::TERM);
+    assert_eq!(worker.end().await, Some(0), "{}", worker.log());
+    ground.assert_logs_are_clean();
+}

@@ -1,0 +1,109 @@
+//! Workers that end in the middle of things: out of memory, or cut off inside a pooler's transaction.
+
+use std::time::{Duration, Instant};
+
+use rustix::process::{Pid, Resource, Rlimit, prlimit};
+use sqlx::PgConnection;
+use tokio::time::sleep;
+
+use crate::ALONE;
+use crate::bed::memory;
+use crate::common::{MS, PATIENCE, Receiver};
+use crate::ground::Ground;
+use crate::proxy::{Proxy, Upstream, Weather};
+use crate::server::Pooler;
+
+async fn insert(connection: &mut PgConnection, url: &str, count: i32, bytes: i32) {
+    sqlx::query(
+        "insert into leasehold.outbox_events (event_type, destination_url, payload)
+         select 'test.happened', $1, jsonb_build_object('text', repeat('x', $3)) from generate_series(1, $2)",
+    )
+    .bind(url)
+    .bind(count)
+    .bind(bytes)
+    .execute(connection)
+    .await
+    .expect("an insert");
+}
+
+async fn until(connection: &mut PgConnection, query: &'static str, wanted: impl Fn(i64) -> bool) {
+    let start = Instant::now();
+    loop {
+        let count: i64 = sqlx::query_scalar(query).fetch_one(&mut *connection).await.expect("a count");
+        if wanted(count) {
+            return;
+        }
+        assert!(start.elapsed() < PATIENCE, "still {count} of {query}");
+        sleep(5 * MS).await;
+    }
+}
+
+const DELIVERED: &str = "select count(*) from leasehold.outbox_events where delivery_status = 'delivered'";
+
+/// One worker gets no more memory and dies of it with requests open; another finishes its work.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_worker_out_of_memory_dies_and_another_takes_over() {
+    let _alone = ALONE.lock().await;
+    let (mut ground, server) = Ground::new().await;
+    ground.set(&[("CLAIM_BATCH", "10"), ("MAX_LEASED", "60"), ("MAX_IN_FLIGHT_PER_DESTINATION", "60")]);
+    let receiver = Receiver::start(|_| (500 * MS, 200)).await;
+    let mut connection = server.admin().await;
+    insert(&mut connection, &receiver.url(), 20, 10).await;
+    let mut victim = ground.worker("victim", &server.url());
+    receiver.until_seen(10).await;
+    let pid = victim.child.id().and_then(|pid| Pid::from_raw(pid.cast_signed()));
+    let limit = memory(&victim, "VmSize:").map(|kib| kib * 1_024);
+    prlimit(pid, Resource::As, Rlimit { current: limit, maximum: limit }).expect("an own child's limit");
+    insert(&mut connection, &receiver.url(), 80, 900_000).await;
+    assert_eq!(victim.end().await, None, "it ends by a signal:\n{}", victim.log());
+    victim.logs("memory allocation").await;
+    let _heir = ground.worker("heir", &server.url());
+    until(&mut connection, DELIVERED, |count| count == 100).await;
+    for (event, seen) in receiver.by_event() {
+        assert!(seen.len() <= 2, "{event}: {seen:?}");
+        assert!(seen.windows(2).all(|pair| pair[0].closed.is_some_and(|closed| closed <= pair[1].opened)));
+    }
+}
+
+/// A worker that is cut off between a statement and its commit, half open for the pooler, must not keep rows locked.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_transaction_left_open_behind_a_pooler_ends_by_itself() {
+    let _alone = ALONE.lock().await;
+    let (mut ground, server) = Ground::new().await;
+    ground.set(&[("PREPARED_STATEMENTS", "false")]);
+    let pooler = Pooler::start(ground.folder.path(), &server).await;
+    let proxy = Proxy::start(Upstream::Unix(pooler.socket())).await;
+    let url = format!("postgres://postgres@{}/postgres", proxy.address);
+    let receiver = Receiver::start(|_| (MS, 200)).await;
+    let mut connection = server.admin().await;
+    let mut victim = ground.worker("victim", &url);
+    victim.logs("worker started").await;
+    let start = Instant::now();
+    loop {
+        insert(&mut connection, &receiver.url(), 20, 10).await;
+        proxy.set(Weather::Slow(25 * MS));
+        sleep(Duration::from_millis(70)).await;
+        proxy.set(Weather::Cut);
+        sleep(20 * MS).await;
+        let left: i64 = sqlx::query_scalar(
+            "select count(*) from pg_stat_activity
+             where state = 'idle in transaction' and query like '%outbox_events%' and backend_xid is not null",
+        )
+        .fetch_one(&mut connection)
+        .await
+        .expect("a count");
+        if left > 0 {
+            break;
+        }
+        proxy.set(Weather::Fair);
+        assert!(start.elapsed() < PATIENCE, "no transaction was cut off in the middle");
+    }
+    victim.child.kill().await.expect("SIGKILL");
+    let _heir = ground.worker("heir", &server.url());
+    until(
+        &mut connection,
+        "select count(*) from leasehold.outbox_events where delivery_status = 'pending'",
+        |count| count == 0,
+    )
+    .await;
+}

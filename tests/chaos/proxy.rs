@@ -1,0 +1,134 @@
+//! A TCP proxy that loses, delays and spoils what goes through it.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+use tokio::net::{TcpListener, TcpStream, UnixStream};
+use tokio::sync::watch;
+use tokio::time::sleep;
+
+/// What the proxy does to bytes and closes of both directions.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Weather {
+    Fair,
+    /// Nothing passes; connections are half open until the weather changes.
+    Cut,
+    /// What is asked arrives, answers don't.
+    NoAnswers,
+    /// Questions don't arrive, what was asked before is answered.
+    NoQuestions,
+    /// Each piece takes this long.
+    Slow(Duration),
+    /// Connections are reset, and new ones too.
+    Refuse,
+    /// Connections are answered with bytes of no protocol.
+    Garbage,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Way {
+    Questions,
+    Answers,
+}
+
+impl Weather {
+    fn passes(self, way: Way) -> bool {
+        match self {
+            Self::Cut => false,
+            Self::NoAnswers => way == Way::Questions,
+            Self::NoQuestions => way == Way::Answers,
+            Self::Fair | Self::Slow(_) | Self::Refuse | Self::Garbage => true,
+        }
+    }
+
+    fn breaks(self) -> bool {
+        matches!(self, Self::Refuse | Self::Garbage)
+    }
+}
+
+#[derive(Clone, Debug)]
+pub(crate) enum Upstream {
+    Tcp(SocketAddr),
+    Unix(PathBuf),
+}
+
+trait Stream: AsyncRead + AsyncWrite + Send + Unpin {}
+impl<T: AsyncRead + AsyncWrite + Send + Unpin> Stream for T {}
+
+impl Upstream {
+    async fn connect(&self) -> std::io::Result<Box<dyn Stream>> {
+        Ok(match self {
+            Self::Tcp(address) => Box::new(TcpStream::connect(address).await?),
+            Self::Unix(path) => Box::new(UnixStream::connect(path).await?),
+        })
+    }
+}
+
+#[derive(Clone)]
+pub(crate) struct Proxy {
+    pub(crate) address: SocketAddr,
+    weather: watch::Sender<Weather>,
+}
+
+impl Proxy {
+    pub(crate) async fn start(upstream: Upstream) -> Self {
+        let listener = TcpListener::bind(("127.0.0.1", 0)).await.expect("a port");
+        let address = listener.local_addr().expect("bound");
+        let (weather, watching) = watch::channel(Weather::Fair);
+        tokio::spawn(async move {
+            while let Ok((client, _)) = listener.accept().await {
+                tokio::spawn(carry(client, upstream.clone(), watching.clone()));
+            }
+        });
+        Self { address, weather }
+    }
+
+    pub(crate) fn set(&self, weather: Weather) {
+        self.weather.send_replace(weather);
+    }
+}
+
+async fn carry(mut client: TcpStream, upstream: Upstream, mut weather: watch::Receiver<Weather>) {
+    let now = *weather.borrow();
+    if now == Weather::Garbage {
+        let _ = client.write_all(b"\x15\x03\x01\xff\0zzzz not what you asked for").await;
+    }
+    if now.breaks() {
+        return;
+    }
+    if weather.wait_for(|weather| weather.passes(Way::Questions)).await.is_err() {
+        return;
+    }
+    let Ok(server) = upstream.connect().await else { return };
+    let (from_server, to_server) = tokio::io::split(server);
+    let (from_client, to_client) = client.split();
+    tokio::select! {
+        () = pump(from_client, to_server, weather.clone(), Way::Questions) => {}
+        () = pump(from_server, to_client, weather.clone(), Way::Answers) => {}
+        _ = weather.wait_for(|weather| weather.breaks()) => {}
+    }
+}
+
+/// Carries one direction to its end.
+async fn pump(
+    mut from: impl AsyncRead + Unpin,
+    mut to: impl AsyncWrite + Unpin,
+    mut weather: watch::Receiver<Weather>,
+    way: Way,
+) {
+    let mut piece = vec![0; 16 * 1024];
+    loop {
+        let read = from.read(&mut piece).await.unwrap_or(0);
+        let Ok(now) = weather.wait_for(|weather| weather.passes(way)).await.map(|weather| *weather) else {
+            return;
+        };
+        if let Weather::Slow(time) = now {
+            sleep(time).await;
+        }
+        if read == 0 || to.write_all(&piece[..read]).await.is_err() {
+            return;
+        }
+    }
+}
