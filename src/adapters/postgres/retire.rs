@@ -44,16 +44,17 @@ impl Postgres {
             && page.after == 0
         {
             let dropped = self.drop_a_day(connection.get(), keep_for).await;
-            dropped.map_err(|error| self.failed("dropping a day of the archive", &error))?;
+            dropped.map_err(|error| self.failed(connection.from, "dropping a day of the archive", &error))?;
         }
         let retired = self.retire_page(&mut connection, retain, age, page).await;
-        let retired = retired.map_err(|error| self.failed("retiring delivered events", &error))?;
+        let retired =
+            retired.map_err(|error| self.failed(connection.from, "retiring delivered events", &error))?;
         connection.put_back();
         Ok(retired)
     }
 
-    fn failed(&self, doing: &'static str, error: &sqlx::Error) -> StoreError {
-        self.hosts.look_elsewhere(error);
+    fn failed(&self, from: usize, doing: &'static str, error: &sqlx::Error) -> StoreError {
+        self.hosts.look_elsewhere(from, error);
         StoreError::Database { doing, error: text(error) }
     }
 
