@@ -29,6 +29,8 @@ const SPARE_DESCRIPTORS: u64 = 64;
 /// # Errors
 /// When it can't start, or a task of it panicked.
 pub async fn run(mut settings: Settings, until_empty: bool) -> anyhow::Result<ExitCode> {
+    // From the beginning: a signal that comes while the database is looked for is a drain like any other.
+    let shutdown = shutdown()?;
     let mut entropy = [0; 16];
     getrandom::fill(&mut entropy).context("no entropy for the worker id")?;
     let suffix = &entropy[..8];
@@ -61,8 +63,8 @@ pub async fn run(mut settings: Settings, until_empty: bool) -> anyhow::Result<Ex
         .then(|| tokio::spawn(retain::retire(store.clone(), settings.retain, timing.store_timeout())));
     let gateway = Arc::new(gateway);
     let ended = match store {
-        Store::Postgres(outbox) => drive(outbox, gateway, id.clone(), settings).await?,
-        Store::Sqlite(outbox) => drive(outbox, gateway, id.clone(), settings).await?,
+        Store::Postgres(outbox) => drive(outbox, gateway, id.clone(), settings, shutdown).await?,
+        Store::Sqlite(outbox) => drive(outbox, gateway, id.clone(), settings, shutdown).await?,
     };
     if let Some(retiring) = retiring {
         retiring.abort();
@@ -76,9 +78,10 @@ async fn drive<O: Outbox>(
     gateway: Arc<HttpGateway>,
     id: WorkerId,
     settings: Settings,
+    shutdown: impl Future<Output = ()>,
 ) -> anyhow::Result<Ended> {
     let driver = Driver { outbox, gateway, clock: Arc::new(BootClock), observer: Telemetry::new(id.clone()) };
-    Ok(driver.run(id, settings.worker, shutdown()?).await?)
+    Ok(driver.run(id, settings.worker, shutdown).await?)
 }
 
 /// Resolves at the first SIGTERM or SIGINT; the second one ends the process at once.

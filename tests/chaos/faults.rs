@@ -113,6 +113,8 @@ impl Bed {
                 }
             }
             Fault::Restart => {
+                // Before it says so, nobody listens to signals.
+                self.slots[slot].worker.logs("worker started").await;
                 self.slots[slot].worker.signal(Signal::TERM);
                 let code = self.slots[slot].worker.end().await;
                 assert_eq!(code, Some(0), "a drain in time:\n{}", self.slots[slot].worker.log());

@@ -69,6 +69,9 @@ async fn thousands_of_hostile_destinations_harm_no_other() {
     ground.set(&[
         ("MAX_IN_FLIGHT", "3000"),
         ("MAX_LEASED", "4000"),
+        // So many requests at once are no test of short leases.
+        ("LEASE", "30s"),
+        ("STORE_TIMEOUT", "5s"),
         ("REQUEST_TIMEOUT", "6s"),
         ("CONNECT_TIMEOUT", "2s"),
     ]);

@@ -43,3 +43,15 @@ async fn a_second_signal_ends_it_at_once() {
     worker.signal(Signal::INT);
     assert_eq!(worker.end().await, Some(130), "{}", worker.log());
 }
+
+/// The database does not answer yet.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_signal_while_it_starts_is_a_drain_as_well() {
+    let mut bed = Bed::new().await.set(&[("STORE_TIMEOUT", "2s"), ("LEASE", "12s")]);
+    let silent = tokio::net::TcpListener::bind(("127.0.0.1", 0)).await.expect("a port");
+    bed.url = format!("postgres://postgres@{}/postgres", silent.local_addr().expect("bound"));
+    let mut worker = bed.worker("w", &[]);
+    worker.logs("worker started").await;
+    worker.signal(Signal::TERM);
+    assert_eq!(worker.end().await, Some(0), "{}", worker.log());
+}
