@@ -191,7 +191,7 @@ async fn http_forgotten_and_allowed_later_delivers_everything() {
 #[tokio::test(flavor = "multi_thread")]
 async fn delivered_events_move_to_the_archive_and_trouble_there_stops_no_worker() {
     let bed = Bed::new().await.set(&[("RETAIN", "archive")]);
-    let receiver = Receiver::start(|_| (0 * MS, 200)).await;
+    let receiver = Receiver::start(|_| (MS, 200)).await;
     sqlx::raw_sql("alter table leasehold.outbox_archive rename to away")
         .execute(&bed.pool)
         .await
