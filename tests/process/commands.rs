@@ -187,7 +187,6 @@ async fn http_forgotten_and_allowed_later_delivers_everything() {
     assert_eq!(bed.count("delivery_status = 'delivered'").await, 5);
 }
 
-/// The demo is the README's first command; its verdict is its exit code.
 #[tokio::test(flavor = "multi_thread")]
 async fn delivered_events_move_to_the_archive_and_trouble_there_stops_no_worker() {
     let bed = Bed::new().await.set(&[("RETAIN", "archive")]);
@@ -229,6 +228,7 @@ async fn sqlite_has_no_archive_and_check_says_so() {
     assert!(text(&output).contains("allowed is keep or delete on SQLite"), "{}", text(&output));
 }
 
+/// The demo is the README's first command; its verdict is its exit code.
 #[tokio::test(flavor = "multi_thread")]
 async fn the_demo_holds_its_promise() {
     let bed = Bed::unmigrated().await;
