@@ -452,29 +452,28 @@ impl Pair<'_, '_> {
         }
     }
 
-    /// Returns once each session of Postgres is where the simulated one is. What has ended in Postgres has committed.
+    /// Returns once each session of Postgres is where the simulated one is. What has ended has committed: first the one
+    /// that had its locks, then the one that waited for it.
     async fn come_to_rest(&mut self) -> Checked {
         let since = Instant::now();
         loop {
+            let ended = |running: &Running| running.at == At::BeforeCommit && running.call.is_finished();
+            if let Some(session) = (0..2).find(|session| self.sessions[*session].as_ref().is_some_and(ended))
+            {
+                self.commit(session, true).await?;
+                continue;
+            }
             let stops = self.real.stops().await;
             let there = |(session, running): (usize, &Option<Running>)| {
                 running.as_ref().is_none_or(|running| match running.at {
                     At::BeforeLocks => stops.gates.contains_key(&(session, LOCKS)),
                     At::Waiting => !running.call.is_finished(),
-                    At::BeforeCommit => {
-                        stops.gates.contains_key(&(session, COMMIT)) || running.call.is_finished()
-                    }
+                    At::BeforeCommit => stops.gates.contains_key(&(session, COMMIT)),
                 })
             };
             let waiting = self.sessions.iter().flatten().filter(|running| running.at == At::Waiting).count();
             if stops.rows == waiting && self.sessions.iter().enumerate().all(there) {
-                let ended = (0..2).find(|session| {
-                    let running = self.sessions[*session].as_ref();
-                    running.is_some_and(|running| running.call.is_finished())
-                });
-                let Some(session) = ended else { return Ok(()) };
-                self.commit(session, true).await?;
-                continue;
+                return Ok(());
             }
             if since.elapsed() > TIMEOUT / 2 {
                 let at = self.sessions.each_ref().map(|running| running.as_ref().map(|running| running.at));
