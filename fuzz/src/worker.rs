@@ -126,7 +126,6 @@ fn input(command: &Command) -> Option<Input> {
                     .map(|row| grant(second.wrapping_add(row as i64)))
                     .collect(),
                 failed: Vec::new(),
-                reached: None,
                 next_due_in: (third % 3 == 0).then_some(Duration::from_micros(fourth.unsigned_abs())),
                 any_pending: (third % 3 == 1).then_some(second % 2 == 0),
             }),

@@ -226,7 +226,6 @@ impl State {
                     searched_expired: claim.terms.expired,
                     grants: Vec::new(),
                     failed: Vec::new(),
-                    reached: None,
                     next_due_in: None,
                     any_pending: None,
                 };

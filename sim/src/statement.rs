@@ -3,8 +3,7 @@
 use std::time::Duration;
 
 use leasehold::machine::{
-    ClaimReply, ClaimRequest, OwnedReply, OwnedRequest, QueuePlace, RenewReply, RenewRequest, SettleReply,
-    SettleRequest,
+    ClaimReply, ClaimRequest, OwnedReply, OwnedRequest, RenewReply, RenewRequest, SettleReply, SettleRequest,
 };
 
 /// What a statement asks for.
@@ -58,8 +57,6 @@ pub(crate) struct Statement {
     pub(crate) searched: bool,
     /// A claim: rows that it takes, and whether on probation.
     pub(crate) picked: Vec<(u32, bool)>,
-    /// A claim: up to where it looked at fresh events.
-    pub(crate) reached: Option<QueuePlace>,
     /// A claim: when it began, how long until the next event was due.
     pub(crate) next_due_in: Option<Duration>,
     /// A claim: when it began, how many events were pending.
@@ -79,7 +76,6 @@ impl Statement {
             rows: Vec::new(),
             searched: false,
             picked: Vec::new(),
-            reached: None,
             next_due_in: None,
             pending: 0,
         }

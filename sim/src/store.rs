@@ -3,8 +3,8 @@
 
 use leasehold::machine::{
     Answer, ClaimAnswer, ClaimFailure, ClaimReply, ClaimRequest, ClaimTerms, DbClock, DbTime, DestinationKey,
-    Grant, Incarnation, LeaseKey, OwnedReply, QueuePlace, RenewReply, RenewRequest, Row, RowId, Settle,
-    SettleReply, SettleRequest, Status, WorkerId,
+    Grant, Incarnation, LeaseKey, OwnedReply, RenewReply, RenewRequest, Row, RowId, Settle, SettleReply,
+    SettleRequest, Status, WorkerId,
 };
 use sim_oracle::{DbClockModel, Fact};
 use std::time::Duration;
@@ -196,9 +196,7 @@ impl Store {
             if !leased && !probation && due > early {
                 next_due = Some(next_due.map_or(due, |next: DbTime| next.min(due)));
             }
-            let fresh = !leased && !probation;
-            let behind = fresh && request.from.is_some_and(|from| place(row, due) < from);
-            if self.meta[row as usize].exists && !behind && self.eligible(row, seen, &terms) {
+            if self.meta[row as usize].exists && self.eligible(row, seen, &terms) {
                 let turn = if probation { 1 } else { 2 * u8::from(!leased) };
                 candidates.push((turn, due, row));
             }
@@ -214,8 +212,6 @@ impl Store {
             let room = request.shares.binary_search_by(|(name, _)| name.cmp(key));
             self.rooms.push(room.map_or(request.share, |at| request.shares[at].1));
         }
-        let fresh = candidates.iter().filter(|(turn, ..)| *turn == 2).take(request.limit as usize);
-        statement.reached = fresh.last().map(|&(_, due, row)| place(row, due));
         let mut probation = request.probation;
         for &(turn, _, row) in &candidates {
             if statement.picked.len() >= request.limit as usize {
@@ -388,7 +384,6 @@ impl Store {
             db_now: clock.late,
             incarnation: self.incarnation.clone(),
             searched_expired: statement.searched,
-            reached: statement.reached,
             next_due_in: statement.next_due_in.filter(|_| more),
             // Counted by what was committed when the claim began, without what it fails itself.
             any_pending: request.count_pending.then_some(statement.pending > failed.len()),
@@ -580,10 +575,6 @@ impl Store {
 
 fn row_failed(row: &Row, answer: Answer) -> bool {
     row.status == Status::Failed && answer == Answer::Applied
-}
-
-fn place(row: u32, due: DbTime) -> QueuePlace {
-    QueuePlace { due, row: RowId(i64::from(row)) }
 }
 
 fn row_of(key: LeaseKey) -> u32 {

@@ -49,15 +49,6 @@ impl fmt::Display for StoreFault {
     }
 }
 
-/// A place in the order in which fresh events fall due.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct QueuePlace {
-    /// `next_attempt_at`.
-    pub due: DbTime,
-    /// `id`.
-    pub row: RowId,
-}
-
 /// One claim (rules P1, P10, P11, P13).
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct ClaimRequest {
@@ -75,9 +66,6 @@ pub struct ClaimRequest {
     pub share: u32,
     /// Room left for destination keys of which leases are held; zero means full.
     pub shares: Vec<(DestinationKey, u32)>,
-    /// Fresh events before this place are left out: what a transaction that is long open keeps a store from cleaning up
-    /// need not be read at every claim.
-    pub from: Option<QueuePlace>,
     /// Whether the reply must say if any event is pending at all.
     pub count_pending: bool,
     /// Nothing was found for a while, so that the worker polls slowly from now on: the store may wake it when there is
@@ -132,8 +120,6 @@ pub struct ClaimReply {
     pub grants: Vec<Grant>,
     /// Events that the claim failed, with their ids.
     pub failed: Vec<(RowId, ClaimFailure)>,
-    /// The last of the fresh events that were looked at, granted or not, if there were any.
-    pub reached: Option<QueuePlace>,
     /// Time until the next unleased event is due, if the store knows one and nothing more is due now.
     pub next_due_in: Option<Duration>,
     /// Whether any event is pending at all, leased ones included; `None` if not asked for.

@@ -219,7 +219,6 @@ impl Bed {
             searched_expired: claim.terms.expired,
             grants: Vec::new(),
             failed: Vec::new(),
-            reached: None,
             next_due_in: None,
             any_pending: None,
         };

@@ -62,7 +62,6 @@ fn nonsense() -> impl Strategy<Value = Input> {
                 searched_expired,
                 grants,
                 failed: vec![],
-                reached: None,
                 next_due_in: Some(Duration::ZERO),
                 any_pending: Some(searched_expired),
             }

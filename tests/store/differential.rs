@@ -350,7 +350,6 @@ fn request_of(step: &Step, rows: &Rows) -> Option<Request> {
                         (DestinationKey::new(key), *room)
                     })
                     .collect(),
-                from: None,
                 count_pending: true,
                 asleep: false,
             })

@@ -391,7 +391,6 @@ impl Pair<'_, '_> {
                     probation: *probation,
                     share: *share,
                     shares: held.iter().map(room).collect(),
-                    from: None,
                     count_pending: true,
                     asleep: false,
                 })

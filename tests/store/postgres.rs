@@ -4,10 +4,10 @@ use std::time::Duration;
 
 use leasehold::adapters::postgres::{Postgres, PostgresOptions};
 use leasehold::machine::{
-    Answer, ClaimFailure, ClaimRequest, DbTime, LeaseKey, QueuePlace, RenewRequest, Row as Model, RowId,
-    Settle, SettleRequest, Status, StoreFault, Token, WorkerId,
+    Answer, ClaimFailure, ClaimRequest, LeaseKey, RenewRequest, Row as Model, RowId, SettleRequest, Status,
+    StoreFault, Token, WorkerId,
 };
-use leasehold::ports::{Claimed, Outbox};
+use leasehold::ports::Outbox;
 use serde_json::Value;
 use sqlx::postgres::PgListener;
 use sqlx::{AssertSqlSafe, Connection, PgConnection, Row as _};
@@ -281,32 +281,6 @@ fn a_commit_wakes_workers_only_while_one_sleeps() {
 }
 
 #[test]
-fn a_claim_starts_where_it_is_told_and_says_how_far_it_looked() {
-    on_postgres(async |bed| {
-        for _ in 0..6 {
-            bed.due().await;
-            bed.pass(Duration::from_millis(1)).await;
-        }
-        let ask = ClaimRequest { limit: 2, ..bed.request("w") };
-        let first = bed.claim(ask.clone()).await;
-        let place = |row: i64, due: DbTime| Some(QueuePlace { due, row: RowId(row) });
-        let rows = bed.rows().await;
-        let of = |at: usize| place(rows[at].id, rows[at].row.next_attempt_at);
-        assert_eq!((keys(&first).len(), first.reply.reached), (2, of(1)));
-
-        // What is given back lies before that place, and is found from the beginning alone.
-        bed.settle("w", keys(&first)[0], Settle::Release { delay: None }).await;
-        let second = bed.claim(ClaimRequest { from: first.reply.reached, ..ask.clone() }).await;
-        let ids = |claimed: &Claimed| keys(claimed).iter().map(|key| key.row.0).collect::<Vec<_>>();
-        assert_eq!((ids(&second), second.reply.reached), (vec![rows[2].id, rows[3].id], of(3)));
-        let third = bed.claim(ask.clone()).await;
-        assert_eq!((ids(&third), third.reply.reached), (vec![rows[0].id, rows[4].id], of(4)));
-        let end = bed.claim(ClaimRequest { from: place(i64::MAX, bed.now()), ..ask }).await;
-        assert_eq!((ids(&end), end.reply.reached), (vec![], None));
-    });
-}
-
-#[test]
 fn a_sleeping_worker_is_given_a_hint() {
     on_postgres(async |bed| {
         let worker = bed.again().await;
@@ -505,8 +479,6 @@ fn claim_arguments<'q>(
         .bind(false)
         .bind(ClaimFailure::AttemptsSpent.last_error())
         .bind(ClaimFailure::ReclaimsSpent.last_error())
-        .bind(None::<i64>)
-        .bind(None::<i64>)
 }
 
 fn claim_query(

@@ -1,8 +1,7 @@
 -- Rules P1, P10, P11, P13 in one statement. $1 owner, $2 L and $3 G in microseconds, $4 search for expired leases,
 -- $5 the incarnation known, $6 reclaim limit, $7 retry budget, $8 limit, $9 room for events on probation, $10 share per
 -- destination, $11 and $12 destinations with leases held and their room, $13 largest payload, $14 payload in all,
--- $15 whether to say if anything is pending, $16 and $17 what a claim that fails an event writes, $18 and $19 the place
--- from which on fresh events are looked at.
+-- $15 whether to say if anything is pending.
 with recursive
 server as materialized (
     select
@@ -69,7 +68,6 @@ fresh as materialized (
     from leasehold.outbox_events
     where delivery_status = 'pending' and lease_owner is null and reclaims < 3
         and next_attempt_at <= leasehold.early_now()
-        and (next_attempt_at, id) >= (coalesce(timestamptz 'epoch' + $18 * interval '1 microsecond', '-infinity'), coalesce($19, 0))
     order by next_attempt_at, id
     limit $8
 ),
@@ -121,7 +119,6 @@ more as materialized (
         where delivery_status = 'pending' and lease_owner is null and reclaims < 3
             and next_attempt_at <= leasehold.early_now()
             and outbox_events.destination_key = destinations.destination_key
-            and (next_attempt_at, id) >= (coalesce(timestamptz 'epoch' + $18 * interval '1 microsecond', '-infinity'), coalesce($19, 0))
             and id <> all (array(select first_picked.id from first_picked))
         order by next_attempt_at, id
         limit greatest(coalesce(room, $10) - coalesce(taken.events, 0), 0)
@@ -196,26 +193,15 @@ claimed as (
     returning event.id, event.lease_token, event.reclaims, spent, reclaimed, place,
         event.event_id, event.event_type, event.destination_url, event.destination_key, event.attempts,
         event.max_attempts, bytes, case when spent is null and bytes <= $13 then body end as body
-),
-reached as (
-    select (extract(epoch from next_attempt_at) * 1000000)::bigint as due, id as row
-    from fresh order by next_attempt_at desc, id desc limit 1
-),
--- Whether the bytes cut the claim off.
-lengths as (
-    select (select count(*) from granted) < (select count(*) from locked)
-        or exists (select from picked where before > $14) as cut_off
 )
 select
     (extract(epoch from leasehold.late_now()) * 1000000)::bigint as db_now,
     server.incarnation,
     search.expired as searched,
-    -- What the bytes cut off was looked at in vain.
-    case when not cut_off then reached.due end as reached_due,
-    reached.row as reached_row,
     case
-    -- There is more, and it is due.
-    when cut_off then 0
+    -- Cut off by the bytes: there is more, and it is due.
+    when (select count(*) from granted) < (select count(*) from locked)
+        or exists (select from picked where before > $14) then 0
     when (select count(*) from claimed) < $8 then (
         select (extract(epoch from next_attempt_at - server.early) * 1000000)::bigint
         from leasehold.outbox_events
@@ -237,5 +223,5 @@ select
                 and id <> all (array(select claimed.id from claimed where spent is not null)))
     end as any_pending,
     claimed.*
-from server cross join search cross join lengths left join reached on true left join claimed on true
+from server cross join search left join claimed on true
 order by claimed.place

@@ -23,8 +23,8 @@ use self::error::{after_send, not_connected, text};
 use super::store::{CLAIM_BYTES, NewEvent, Status, StoreError, clean};
 use crate::machine::{
     Answer, ClaimFailure, ClaimReply, ClaimRequest, DbTime, DestinationKey, Grant, Incarnation, LeaseKey,
-    OwnedReply, OwnedRequest, QueuePlace, RenewReply, RenewRequest, RowId, Settle, SettleReply,
-    SettleRequest, StoreFault, Token, Unsendable, WorkerId,
+    OwnedReply, OwnedRequest, RenewReply, RenewRequest, RowId, Settle, SettleReply, SettleRequest,
+    StoreFault, Token, Unsendable, WorkerId,
 };
 use crate::ports::{Claimed, Message, Outbox};
 
@@ -378,9 +378,7 @@ impl Outbox for Postgres {
             .bind(CLAIM_BYTES)
             .bind(request.count_pending)
             .bind(ClaimFailure::AttemptsSpent.last_error())
-            .bind(ClaimFailure::ReclaimsSpent.last_error())
-            .bind(request.from.map(|from| from.due.as_micros()))
-            .bind(request.from.map(|from| from.row.0));
+            .bind(ClaimFailure::ReclaimsSpent.last_error());
         let rows = self.call(&self.calls, query).await?;
         read_claim(&rows).map_err(|error| unreadable(&error))
     }
@@ -510,15 +508,12 @@ fn read_answers(rows: &[PgRow]) -> Result<(DbTime, Vec<(LeaseKey, Answer)>), sql
 fn read_claim(rows: &[PgRow]) -> Result<Claimed, sqlx::Error> {
     let header = rows.first().ok_or(sqlx::Error::RowNotFound)?;
     let next_due_in: Option<i64> = header.try_get("next_due_in")?;
-    let (due, row): (Option<i64>, Option<i64>) =
-        (header.try_get("reached_due")?, header.try_get("reached_row")?);
     let mut reply = ClaimReply {
         db_now: DbTime::from_micros(header.try_get("db_now")?),
         incarnation: Incarnation::new(header.try_get::<String, _>("incarnation")?),
         searched_expired: header.try_get::<Option<bool>, _>("searched")?.unwrap_or(false),
         grants: Vec::new(),
         failed: Vec::new(),
-        reached: due.zip(row).map(|(due, row)| QueuePlace { due: DbTime::from_micros(due), row: RowId(row) }),
         next_due_in: next_due_in.map(|micros| Duration::from_micros(u64::try_from(micros).unwrap_or(0))),
         any_pending: header.try_get("any_pending")?,
     };

@@ -185,7 +185,6 @@ pub(super) async fn claim(store: &Sqlite, request: &ClaimRequest) -> Result<Clai
         searched_expired: search,
         grants: Vec::new(),
         failed: Vec::new(),
-        reached: None,
         next_due_in: None,
         any_pending: None,
     };

@@ -5,23 +5,17 @@ use alloc::format;
 use alloc::vec::Vec;
 use core::time::Duration;
 
-use super::super::id::{DestinationKey, LeaseKey, RequestId, RowId};
+use super::super::id::{DestinationKey, LeaseKey, RequestId};
 use super::super::io::{
     Action, AttemptResult, ClaimReply, ClaimRequest, CycleSummary, EmbargoCause, Grant, HeartbeatEnd,
-    Observation, OwnedReply, OwnedRequest, QueuePlace, StoreCall, StoreFault, Unsendable,
+    Observation, OwnedReply, OwnedRequest, StoreCall, StoreFault, Unsendable,
 };
 use super::super::row::{ClaimTerms, PROBATION_RECLAIMS};
-use super::super::time::{DbTime, Moment};
+use super::super::time::Moment;
 use super::{Cycle, Heartbeat, Held, Outcome, Phase, Worker};
 
 /// How long a worker polls eagerly after it found something: long enough that under load none ever sleeps.
 const AWAKE: Duration = Duration::from_secs(1);
-
-/// Fresh events that fell due so lately are always looked at, in microseconds: most producers commit within it.
-const LATE_COMMIT: i64 = 1_000_000;
-
-/// A look from the beginning, or at all leases, takes at most one part in so many of a worker's time.
-const REST: u32 = 10;
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 struct UnderWay {
@@ -29,8 +23,6 @@ struct UnderWay {
     sent: Moment,
     limit: u32,
     shares: BTreeMap<DestinationKey, u32>,
-    from: Option<QueuePlace>,
-    expired: bool,
 }
 
 /// When to claim, and whether expired leases may be among it.
@@ -47,10 +39,6 @@ pub(super) struct Claims {
     pub(super) refill: bool,
     /// The next search for expired leases.
     search_at: Moment,
-    /// Up to where fresh events were looked at, and when next to look at them from the beginning: producers commit
-    /// late, and what is given back lies before it.
-    reached: Option<QueuePlace>,
-    rescan_at: Moment,
     embargo_until: Moment,
     /// A search was made since the last embargo began (rule P10).
     searched: bool,
@@ -70,8 +58,6 @@ impl Claims {
             backlog: false,
             refill: false,
             search_at: now,
-            reached: None,
-            rescan_at: now,
             embargo_until: Moment::default(),
             searched: true,
             owned: None,
@@ -149,11 +135,6 @@ impl Worker {
             // **P10**: at most once per max(poll, G/2).
             self.claims.search_at = self.now.after(limits.poll_interval.max(timing.reclaim_grace() / 2));
         }
-        let rescan = self.claims.refill || self.claims.rescan_at <= self.now;
-        let from = self.claims.reached.filter(|_| !rescan).map(|reached| {
-            let lately = DbTime::from_micros(self.db_now().as_micros().saturating_sub(LATE_COMMIT));
-            reached.min(QueuePlace { due: lately, row: RowId(i64::MIN) })
-        });
         let share = limits.max_in_flight_per_destination.saturating_mul(2);
         let shares: BTreeMap<_, _> = self
             .destinations
@@ -175,12 +156,11 @@ impl Worker {
             probation: if planted!(self, ProbationTogether) { limit } else { u32::from(self.probation == 0) },
             share,
             shares: shares.iter().map(|(name, room)| (name.clone(), *room)).collect(),
-            from,
             count_pending: self.settings.until_empty,
             asleep: self.claims.awake_until <= self.now,
         };
         self.claims.refill = false;
-        self.claims.under_way = Some(UnderWay { request, sent: self.now, limit, shares, from, expired });
+        self.claims.under_way = Some(UnderWay { request, sent: self.now, limit, shares });
         self.actions.push_back(Action::Claim(request, claim));
     }
 
@@ -195,14 +175,6 @@ impl Worker {
         }
         self.claims.at = self.now.after(poll);
         self.claims.backlog = false;
-        // What takes long is done seldom, whatever comes of it.
-        let rest = self.now.since(under_way.sent) * REST;
-        if under_way.from.is_none() {
-            self.claims.rescan_at = self.now.after(poll.max(rest));
-        }
-        if under_way.expired {
-            self.claims.search_at = self.claims.search_at.max(self.now.after(rest));
-        }
         match reply {
             Ok(reply) => self.take(&under_way, reply),
             Err(fault) => {
@@ -243,7 +215,6 @@ impl Worker {
             self.embargo(EmbargoCause::NewIncarnation);
         }
         self.incarnation = Some(reply.incarnation);
-        self.claims.reached = reply.reached.or(self.claims.reached);
         let found = u32::try_from(reply.grants.len() + reply.failed.len()).unwrap_or(u32::MAX);
         self.claims.backlog = found >= under_way.limit;
         if found > 0 {
@@ -339,9 +310,7 @@ impl Worker {
         let cap = self.settings.limits().max_in_flight_per_destination;
         for (name, destination) in &mut self.destinations {
             let room = under_way.shares.get(name).copied().unwrap_or(cap.saturating_mul(2));
-            let full = granted.get(name).copied().unwrap_or(0) >= room;
-            // What its share left out is behind, if the claim did not look from the beginning.
-            destination.hungry = full || (destination.hungry && under_way.from.is_some());
+            destination.hungry = granted.get(name).copied().unwrap_or(0) >= room;
             self.claims.refill |= destination.hungry && destination.held <= cap;
         }
     }
