@@ -33,8 +33,7 @@ async fn session(hub: Shared, mut stream: TcpStream) {
     while let Ok((worker, (call, ask))) = receive::<(u32, (u32, Ask))>(&mut stream).await {
         let id = {
             let mut hub = lock(&hub);
-            let mut statement = Statement::new(call, worker, ask);
-            (statement.began, statement.epoch) = (hub.now(), hub.store.epoch);
+            let statement = Statement::new(call, worker, ask);
             hub.statements.insert(call, statement);
             call
         };
@@ -82,10 +81,10 @@ async fn execute(hub: &Shared, id: u32) -> (Reply, Vec<Message>) {
     let most = lock(hub).weather.delay;
     nap(hub, most).await;
     let (refused, stall) = {
-        let mut hub = lock(hub);
+        let hub = &mut *lock(hub);
         let now = hub.now();
         if let Some(statement) = hub.statements.get_mut(&id) {
-            statement.began = now;
+            hub.store.begin(statement, now);
         }
         (!hub.store.up || hub.store.read_only, hub.weather.stall)
     };
