@@ -98,6 +98,7 @@ bugs! {
     SettleDelayRestarts, Place::Machine(Planted::SettleDelayRestarts), S6, 500, "the delay that is sent is too long by H";
     UnknownClaimForgotten, Place::Machine(Planted::UnknownClaimForgotten), S2, 2000, "after an unknown claim nothing is looked for";
     LateLookAtLease, Place::Machine(Planted::LateLookAtLease), S2, 5000, "after an unknown claim the looks are at once, after R and after L";
+    LooksReplaced, Place::Machine(Planted::LooksReplaced), S2, 5000, "the looks for an unknown claim replace those for an earlier one";
     LateClaimForgotten, Place::Machine(Planted::LateClaimForgotten), S2, 5000, "after an unknown claim there are two looks, soon";
     ClaimStopsAfterFailure, Place::Machine(Planted::ClaimStopsAfterFailure), L1, 2000, "a failed claim is the last one";
     SearchNever, Place::Machine(Planted::SearchNever), L1, 2000, "no worker ever searches for expired leases";

@@ -12,26 +12,26 @@ const S: u64 = 1_000_000;
 pub fn profile_of(seed: u64) -> Profile {
     use Profile as P;
     const MIX: [Profile; 20] = [
-        P::Swarm,
-        P::OneFault,
-        P::Swarm,
         P::Storm,
         P::Edge,
         P::Swarm,
-        P::Failover,
-        P::OneFault,
-        P::Swarm,
-        P::Liveness,
-        P::Clock,
-        P::Swarm,
-        P::SlowEndpoints,
         P::Deploy,
-        P::Swarm,
-        P::Calm,
-        P::Poison,
-        P::OneFault,
+        P::Failover,
         P::Storm,
         P::Swarm,
+        P::Poison,
+        P::Edge,
+        P::OneFault,
+        P::Swarm,
+        P::Clock,
+        P::Storm,
+        P::SlowEndpoints,
+        P::Liveness,
+        P::Swarm,
+        P::Edge,
+        P::OneFault,
+        P::Swarm,
+        P::Calm,
     ];
     MIX[(seed % MIX.len() as u64) as usize]
 }
@@ -101,7 +101,12 @@ pub fn generate(seed: u64, profile: Profile) -> Schedule {
     } as u32;
     let mut settings = vec![make_settings(&mut Rng::new(seed, "settings"), profile, events)];
     if rng.percent(if profile == Profile::Deploy { 60 } else { 12 }) {
-        settings.push(make_settings(&mut Rng::new(seed, "new settings"), profile, events));
+        let mut new = make_settings(&mut Rng::new(seed, "new settings"), profile, events);
+        if profile == Profile::Deploy {
+            // Fewer tries than before: a claim then finds those of a lease that ran out spent.
+            (settings[0].retry_budget, new.retry_budget) = (0, 1);
+        }
+        settings.push(new);
     }
     let lease = settings[0].lease;
     let slots = make_slots(&mut rng, profile, settings.len(), lease);
@@ -247,7 +252,11 @@ fn make_events(
         destination: rng.below(destinations as u64) as u16,
         max_attempts: *rng.pick(&[1, 2, 3, 5, 8]),
         delay: if rng.percent(10) { rng.below(2 * S) } else { 0 },
-        attempts: if rng.percent(3) { rng.within(1, 6) as u32 } else { 0 },
+        attempts: if rng.percent(if profile == Profile::Deploy { 40 } else { 3 }) {
+            rng.within(1, 6) as u32
+        } else {
+            0
+        },
         kills: if poison == Some(event) {
             if rng.percent(70) { u32::MAX } else { rng.within(1, 4) as u32 }
         } else {
@@ -318,8 +327,8 @@ fn add_faults(schedule: &Schedule, rng: &mut Rng, faults: &mut Vec<Timed>) {
                 faults.push(Timed { at, lasts, fault: Fault::Drain(slot) });
                 at += rng.within(0, lease);
             }
-            for class in [C::Drain, C::Manner, C::LostReply, C::Loss, C::Pause, C::Crash] {
-                if rng.percent(30) {
+            for class in [C::Drain, C::Manner, C::LostReply, C::Loss, C::Pause, C::Crash, C::CrashOnAnswer] {
+                if rng.percent(50) {
                     add(class, schedule, rng, faults);
                 }
             }
@@ -340,6 +349,9 @@ fn add_faults(schedule: &Schedule, rng: &mut Rng, faults: &mut Vec<Timed>) {
                     add(class, schedule, rng, faults);
                 }
             }
+            if rng.percent(40) {
+                late_claims(schedule, rng, faults);
+            }
         }
     }
     if schedule.profile == Profile::Liveness {
@@ -355,6 +367,20 @@ fn add_faults(schedule: &Schedule, rng: &mut Rng, faults: &mut Vec<Timed>) {
                 faults.push(Timed { at: schedule.heal_at, lasts: u64::MAX, fault });
             }
         }
+    }
+}
+
+/// The claims that would find an event commit later than the first looks for what they left, and while that is still
+/// to come others may. What else is called is answered in time: two in a row that are not excuse everything.
+fn late_claims(schedule: &Schedule, rng: &mut Rng, faults: &mut Vec<Timed>) {
+    let settings = &schedule.settings[0];
+    let (timeout, lease, lasts) = (settings.store_timeout, settings.lease, settings.poll_interval);
+    let by = rng.spread(2 * timeout, lease.max(4 * timeout));
+    let at = rng.pick(&schedule.events).at;
+    faults.push(Timed { at, lasts, fault: Fault::LateCommit(65_536, by) });
+    if rng.percent(60) {
+        let at = at + lasts + rng.within(by / 2, by);
+        faults.push(Timed { at, lasts, fault: Fault::LateCommit(65_536, by) });
     }
 }
 

@@ -27,6 +27,7 @@ planted! {
     UnknownClaimForgotten,
     LateClaimForgotten,
     LateLookAtLease,
+    LooksReplaced,
     ClaimStopsAfterFailure,
     SearchNever,
     SearchSeldom,

@@ -68,6 +68,8 @@ pub(crate) struct Event {
     pub(crate) long_lock: (Micros, u64),
     /// When it last became free: committed, settled or restored.
     pub(crate) freed_at: Micros,
+    /// When the last transaction ended that had its lock for long, whether it changed the row or not.
+    pub(crate) unlocked_at: Micros,
 }
 
 /// Calls of one lane.

@@ -141,15 +141,19 @@ impl Oracle {
             Fact::CallAnswered { worker, call, arrived } => self.call_answered(worker, call, arrived),
             Fact::CallFailed { worker, call } => self.call_failed(worker, call),
             Fact::Claimed { worker, call, event, token, until, reclaimed, began, locked } => {
-                self.claimed(store::Claim { worker, call, event, began, locked }, token, until, reclaimed)
+                self.claimed(store::Claim { worker, call, event, began, locked }, token, until, reclaimed)?;
+                self.lock_over(event, locked);
+                Ok(())
             }
             Fact::ClaimFailed { worker, call, event, why, began, locked } => {
                 self.claim_failed(store::Claim { worker, call, event, began, locked }, why)
             }
             Fact::Renewed { worker, call, event, token, answer, until, locked } => {
+                self.lock_over(event, locked);
                 self.renewed(store::Guarded { worker, call, event, token, answer, locked }, until)
             }
             Fact::Settled { worker, call, event, token, settle, answer, attempts, due, locked } => {
+                self.lock_over(event, locked);
                 let guarded = store::Guarded { worker, call, event, token, answer, locked };
                 self.settled(guarded, settle, attempts, due)
             }
@@ -161,6 +165,7 @@ impl Oracle {
                 Ok(())
             }
             Fact::LockDropped { event, since } => {
+                self.lock_over(event, since);
                 self.note_lock(event, since);
                 Ok(())
             }

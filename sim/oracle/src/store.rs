@@ -63,6 +63,7 @@ impl Oracle {
             locked_since: None,
             long_lock: (0, 0),
             freed_at: self.now,
+            unlocked_at: 0,
         });
     }
 
@@ -238,8 +239,9 @@ impl Oracle {
             known: UNKNOWN,
             impossible: false,
             lost: Excuses::default(),
-            born_dead: self.calls[call as usize].over
-                && until <= self.db.at(self.now) + (4 * terms.store_timeout + terms.fence_margin) as i64,
+            born_dead: until <= self.db.at(self.now)
+                || self.calls[call as usize].over
+                    && until <= self.db.at(self.now) + (4 * terms.store_timeout + terms.fence_margin) as i64,
             before: book.last,
         });
         let another = book.last == NONE || self.leases[book.last as usize].worker != worker;

@@ -1,4 +1,4 @@
-//! How long events wait: **L2** and **L3**.
+//! How long events wait, until a claim has their lock: **L2** and **L3**. That it commits late is the store's doing.
 
 use crate::fact::Micros;
 use crate::ledger::Worker;
@@ -33,15 +33,16 @@ impl Oracle {
         let overdue = u64::try_from(self.db.at(self.now) - event.until).unwrap_or(0);
         let ran_out = self.now.saturating_sub(overdue) + terms.reclaim_grace;
         let longest = self.terms.iter().map(|terms| terms.search_interval()).max().unwrap_or(0);
-        let bound = ran_out.max(ready + terms.lease) + longest + 4 * terms.store_timeout;
+        let bound =
+            ran_out.max(event.unlocked_at).max(ready + terms.lease) + longest + 4 * terms.store_timeout;
         ensure!(
             self,
             L2,
-            self.now <= bound,
+            claim.locked <= bound,
             "event {} ran out {} us ago and was taken {} us late",
             claim.event,
             overdue,
-            self.now - bound
+            claim.locked - bound
         );
         Ok(())
     }
@@ -57,15 +58,23 @@ impl Oracle {
         let overdue = u64::try_from(self.db.at(self.now) - event.due).unwrap_or(0);
         let poll =
             self.terms.iter().map(|terms| terms.poll_interval + 4 * terms.store_timeout).max().unwrap_or(0);
-        let bound = (self.now - overdue.min(self.now)).max(event.freed_at).max(ready) + poll;
+        let bound =
+            (self.now - overdue.min(self.now)).max(event.freed_at).max(event.unlocked_at).max(ready) + poll;
         ensure!(
             self,
             L3,
-            self.now <= bound,
+            claim.locked <= bound,
             "event {} was due {overdue} us ago and was taken {} us late",
             claim.event,
-            self.now - bound
+            claim.locked - bound
         );
         Ok(())
+    }
+
+    /// Somebody's transaction is over that had the row's lock for long: until now no claim could have taken it.
+    pub(crate) fn lock_over(&mut self, event: u32, locked: Micros) {
+        if self.now - locked > 1_000 {
+            self.events[event as usize].unlocked_at = self.now;
+        }
     }
 }

@@ -1,6 +1,6 @@
 //! Claiming, what follows an unknown claim, and embargoes (rules P1, P7, P10, P11, P13).
 
-use alloc::collections::BTreeMap;
+use alloc::collections::{BTreeMap, BTreeSet};
 use alloc::format;
 use alloc::vec::Vec;
 use core::time::Duration;
@@ -43,8 +43,8 @@ pub(super) struct Claims {
     /// A search was made since the last embargo began (rule P10).
     searched: bool,
     owned: Option<(RequestId, Moment)>,
-    /// When to look for what an unknown claim left, most recent last. A commit may come late, so there are several.
-    owned_at: Vec<Moment>,
+    /// When to look for what unknown claims left: several times for each, since a commit may come late.
+    owned_at: BTreeSet<Moment>,
     /// Looks that failed in a row.
     look_failures: u32,
 }
@@ -61,7 +61,7 @@ impl Claims {
             embargo_until: Moment::default(),
             searched: true,
             owned: None,
-            owned_at: Vec::new(),
+            owned_at: BTreeSet::new(),
             look_failures: 0,
         }
     }
@@ -193,15 +193,18 @@ impl Worker {
                         .saturating_sub(self.now.since(under_way.sent))
                         .saturating_sub(timing.fence_margin());
                     let before = |tries: u32| left.saturating_sub(timeout * tries).max(timeout);
-                    self.claims.owned_at = [lease, before(2), before(4), timeout, Duration::ZERO]
-                        .map(|wait| self.now.after(wait))
-                        .into();
+                    let mut waits = alloc::vec![Duration::ZERO, timeout, before(4), before(2), lease];
                     if planted!(self, LateClaimForgotten) {
-                        self.claims.owned_at.drain(..3);
+                        waits.truncate(2);
                     }
                     if planted!(self, LateLookAtLease) {
-                        self.claims.owned_at.drain(1..3);
+                        waits.drain(2..4);
                     }
+                    if planted!(self, LooksReplaced) {
+                        self.claims.owned_at.clear();
+                    }
+                    // The looks for an earlier one stay due: what it left runs out earlier.
+                    self.claims.owned_at.extend(waits.into_iter().map(|wait| self.now.after(wait)));
                 }
                 self.store_failed(StoreCall::Claim, under_way.sent, fault, Vec::new());
             }
@@ -329,7 +332,7 @@ impl Worker {
         if !self.claims.idle() {
             return None;
         }
-        self.claims.owned_at.last().copied()
+        self.claims.owned_at.first().copied()
     }
 
     /// **P7**: asks what the store shows under this worker.
@@ -337,7 +340,7 @@ impl Worker {
         if self.owned_due_at().is_none_or(|due| due > self.now) {
             return;
         }
-        self.claims.owned_at.pop();
+        self.claims.owned_at.retain(|at| *at > self.now);
         let request = self.next_request();
         self.claims.owned = Some((request, self.now));
         self.actions.push_back(Action::Owned(request, OwnedRequest { owner: self.id.clone() }));
@@ -345,8 +348,7 @@ impl Worker {
 
     /// Before exit, a last look.
     pub(super) fn look_once_more(&mut self) {
-        self.claims.owned_at.clear();
-        self.claims.owned_at.push(self.now);
+        self.claims.owned_at = BTreeSet::from([self.now]);
     }
 
     pub(super) fn owned(&mut self, request: RequestId, reply: Result<OwnedReply, StoreFault>) {
@@ -365,7 +367,9 @@ impl Worker {
             }
             Err(fault) => {
                 self.claims.look_failures = self.claims.look_failures.saturating_add(1);
-                self.claims.owned_at.push(self.now.after(self.backoff(self.claims.look_failures)));
+                let again = self.now.after(self.backoff(self.claims.look_failures));
+                self.claims.owned_at.retain(|at| *at > again);
+                self.claims.owned_at.insert(again);
                 self.store_failed(StoreCall::Owned, sent, fault, Vec::new());
             }
         }
