@@ -27,17 +27,19 @@ fn every_interleaving_of_two_workers_on_one_event_holds() {
 
 #[test]
 fn a_path_to_a_planted_bug_breaks_a_promise_in_the_event_heap_too() {
+    // Of the paths that are equally short, some let a lease run out while its request is open, some after it.
     for (bug, expected) in [
-        (Planted::UnknownClaimForgotten, Invariant::S2),
-        (Planted::HeartbeatForgottenOnFailure, Invariant::S3),
+        (Planted::UnknownClaimForgotten, [Invariant::S2].as_slice()),
+        (Planted::HeartbeatForgottenOnFailure, &[Invariant::S2, Invariant::S3]),
     ] {
         let bounds =
             Bounds { workers: 2, ticks: 9, crashes: 0, pauses: 0, losses: 1, late: 0, bug: Some(bug) };
-        let report = check(bounds, 2);
+        // One thread: with several, which of them comes first is a matter of luck.
+        let report = check(bounds, 1);
         let (failed, path) = report.failures.first().unwrap_or_else(|| panic!("{bug:?} was not found"));
         let (schedule, violation) =
             replay(bounds, path).unwrap_or_else(|| panic!("{failed}: no schedule does {path:?}"));
-        assert_eq!(violation.invariant, expected, "{violation}");
+        assert!(expected.contains(&violation.invariant), "{violation}");
         // It is the mistake that breaks it, not the schedule.
         let sound = run(&schedule, Options::default()).violation;
         assert_eq!(sound.map(|violation| violation.to_string()), None);

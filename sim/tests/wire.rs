@@ -52,7 +52,7 @@ fn a_seed_has_one_trace() {
 /// Mistakes of the store, the machine and the gateway, each by the invariant that is to find it.
 #[test]
 fn planted_bugs_are_found() {
-    const SEEDS: u64 = 60;
+    const SEEDS: u64 = 400;
     for bug in BUGS {
         let options = Options { bug: Some(*bug), ..OPTIONS() };
         let finds = |seed: &u64| {
