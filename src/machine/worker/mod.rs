@@ -589,7 +589,12 @@ impl Worker {
         for (key, held) in &self.leases {
             let batched = matches!(held.heartbeat, Heartbeat::Batched { .. });
             assert_eq!(self.heartbeats.contains(&(held.confirmed, *key)), batched, "heartbeat of {key}");
-            let fenceable = matches!(held.phase, Phase::Queued { .. } | Phase::Behind | Phase::Open);
+            if self.ended.is_some() {
+                // What a drain's end leaves runs out.
+                assert!(held.heartbeat == Heartbeat::Off, "P8: {key} is renewed after the end");
+                assert!(held.phase != Phase::Open, "P8: {key} is sent after the end");
+            }
+            let fenceable = self.ended.is_none() && held.can_be_fenced();
             assert_eq!(self.fences.contains(&(held.confirmed, *key)), fenceable, "fence of {key}");
             if fenceable {
                 assert!(self.fence_at(held.confirmed) > self.now, "S3: {key} is past its fence");
