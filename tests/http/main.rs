@@ -1,6 +1,6 @@
 //! The HTTP gateway against real sockets: what goes over the wire, and what hostile receivers can't do.
 #![cfg(feature = "http")]
-#![allow(clippy::unwrap_used)]
+#![allow(clippy::unwrap_used, reason = "a test")]
 
 mod server;
 
