@@ -17,7 +17,9 @@ fn main() -> ExitCode {
             return EXIT_FAILED.into();
         }
     };
-    match runtime.block_on(commands::execute(&invocation)) {
+    // On a thread of the runtime: from outside of it, each thing that the driver waits for would wake another thread.
+    let execute = runtime.spawn(async move { commands::execute(&invocation).await });
+    match runtime.block_on(execute).unwrap_or_else(|panic| Err(panic.into())) {
         Ok(code) => code,
         Err(error) => {
             eprintln!("leasehold: {error:#}");

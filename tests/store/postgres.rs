@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use leasehold::adapters::postgres::{Postgres, PostgresOptions};
+use leasehold::adapters::postgres::{PLANS, Postgres, PostgresOptions};
 use leasehold::machine::{
     Answer, ClaimFailure, ClaimRequest, LeaseKey, RenewRequest, Row as Model, RowId, SettleRequest, Status,
     StoreFault, Token, WorkerId,
@@ -455,13 +455,12 @@ fn no_index_names_what_a_heartbeat_writes() {
 
 const CLAIM: &str = include_str!("../../src/adapters/postgres/claim.sql");
 
-fn claim_arguments<'q>(
-    query: sqlx::query::Query<'q, sqlx::Postgres, sqlx::postgres::PgArguments>,
+fn claim_query(
     bed: &Pg,
     owner: &str,
     limit: i32,
-) -> sqlx::query::Query<'q, sqlx::Postgres, sqlx::postgres::PgArguments> {
-    query
+) -> sqlx::query::Query<'static, sqlx::Postgres, sqlx::postgres::PgArguments> {
+    sqlx::query(CLAIM)
         .bind(owner.to_owned())
         .bind(i64::try_from(LEASE.as_micros()).unwrap())
         .bind(i64::try_from(GRACE.as_micros()).unwrap())
@@ -479,14 +478,6 @@ fn claim_arguments<'q>(
         .bind(false)
         .bind(ClaimFailure::AttemptsSpent.last_error())
         .bind(ClaimFailure::ReclaimsSpent.last_error())
-}
-
-fn claim_query(
-    bed: &Pg,
-    owner: &str,
-    limit: i32,
-) -> sqlx::query::Query<'static, sqlx::Postgres, sqlx::postgres::PgArguments> {
-    claim_arguments(sqlx::query(CLAIM), bed, owner, limit)
 }
 
 /// Thousands of delivered, leased and future rows; a few that are due.
@@ -515,20 +506,44 @@ fn nodes<'a>(plan: &'a Value, into: &mut Vec<&'a Value>) {
     }
 }
 
+/// The plan of a claim as it ran, made as on the connections of a worker: once, whatever the arguments.
+async fn explain_claim(bed: &Pg, limit: u32, share: u32, full: &str) -> Value {
+    let mut connection = bed.pool.acquire().await.unwrap();
+    for (name, value) in PLANS {
+        sqlx::raw_sql(AssertSqlSafe(format!("set {name} = {value}")))
+            .execute(&mut *connection)
+            .await
+            .unwrap();
+    }
+    let prepare = format!(
+        "prepare claim (text, bigint, bigint, bool, text, int, int, int, int, int, text[], int[], bigint, bigint, bool,
+             text, text) as {CLAIM}"
+    );
+    sqlx::raw_sql(AssertSqlSafe(prepare)).execute(&mut *connection).await.unwrap();
+    let execute = format!(
+        "explain (analyze, buffers, format json) execute claim ('w', 60000000, 1000000, false, '{}', 100, 0, {limit}, 1,
+             {share}, '{{{full}}}', '{{{}}}', {MAX_PAYLOAD}, 8388608, false, 'attempts', 'reclaims')",
+        bed.incarnation().as_str(),
+        if full.is_empty() { "" } else { "0" },
+    );
+    let row = sqlx::raw_sql(AssertSqlSafe(execute)).fetch_one(&mut *connection).await.unwrap();
+    let plan: Value = serde_json::from_str(&row.try_get_unchecked::<String, _>(0).unwrap()).expect("JSON");
+    plan[0]["Plan"].clone()
+}
+
+/// How many rows of the outbox a plan's node read, to keep or to throw away.
+fn rows_read(node: &Value) -> f64 {
+    let number = |name: &str| node[name].as_f64().unwrap_or(0.0);
+    let each =
+        number("Actual Rows") + number("Rows Removed by Filter") + number("Rows Removed by Index Recheck");
+    each * number("Actual Loops")
+}
+
 async fn assert_the_claim_touches_only_what_it_takes(bed: &Pg) {
     // More than is due, so that it must end at what is due and not at its limit.
-    let sql = format!("explain (analyze, buffers, format json) {CLAIM}");
-    let query = claim_arguments(sqlx::query(AssertSqlSafe(sql)), bed, "w", 30);
-    let plan: Value = query
-        .fetch_one(&bed.pool)
-        .await
-        .unwrap()
-        .try_get_unchecked::<String, _>(0)
-        .map(|text| serde_json::from_str(&text).expect("JSON"))
-        .unwrap();
-    let root = &plan[0]["Plan"];
+    let root = explain_claim(bed, 30, 1_000, "").await;
     let mut all = Vec::new();
-    nodes(root, &mut all);
+    nodes(&root, &mut all);
     for node in &all {
         let kind = node["Node Type"].as_str().unwrap();
         if node["Relation Name"] == "outbox_events" {
@@ -561,6 +576,49 @@ fn a_claim_touches_only_what_it_takes_without_statistics() {
         bed.run("alter table leasehold.outbox_events set (autovacuum_enabled = off)").await.unwrap();
         fill(bed).await;
         assert_the_claim_touches_only_what_it_takes(bed).await;
+    });
+}
+
+async fn assert_a_backlog_of_a_full_destination_is_not_read(bed: &Pg) {
+    let root = explain_claim(bed, 30, 20, "https://full.example").await;
+    let mut all = Vec::new();
+    nodes(&root, &mut all);
+    let updated = all.iter().find(|node| node["Node Type"] == "ModifyTable").expect("an update");
+    assert_eq!(updated["Actual Rows"].as_f64(), Some(10.0));
+    // The front of the queue, and what is taken: to be found, locked and updated.
+    let read: f64 =
+        all.iter().filter(|node| node["Relation Name"] == "outbox_events").map(|node| rows_read(node)).sum();
+    assert!(read < 100.0, "{read} rows: {root:#}");
+}
+
+/// One destination that is full, with a large backlog, and with `between` executed another one behind it.
+async fn fill_one(bed: &Pg, between: &'static str) {
+    let insert = |url: &str, from: u32, to: u32| {
+        format!(
+            "insert into leasehold.outbox_events (event_type, destination_url, payload, next_attempt_at)
+             select 't', '{url}', '{{}}', leasehold.early_now() - interval '1 hour' + n * interval '1 millisecond'
+             from generate_series({from}, {to}) as n"
+        )
+    };
+    bed.run(&insert("https://full.example/x", 1, 15_000)).await.unwrap();
+    bed.run(between).await.unwrap();
+    bed.run(&insert("https://other.example/x", 15_001, 15_010)).await.unwrap();
+}
+
+#[test]
+fn a_claim_reaches_past_a_full_destination_without_reading_its_backlog() {
+    on_postgres(async |bed| {
+        // By these statistics there is one destination, and an index on it is of no use.
+        fill_one(bed, "analyze leasehold.outbox_events").await;
+        assert_a_backlog_of_a_full_destination_is_not_read(bed).await;
+    });
+}
+
+#[test]
+fn a_claim_reaches_past_a_full_destination_without_statistics() {
+    on_postgres(async |bed| {
+        fill_one(bed, "alter table leasehold.outbox_events set (autovacuum_enabled = off)").await;
+        assert_a_backlog_of_a_full_destination_is_not_read(bed).await;
     });
 }
 

@@ -41,7 +41,7 @@ fn worker(url: &str, arguments: &[&str], latency: bool) -> anyhow::Result<Child>
 /// Events whose body the database prints as 512 bytes of JSON.
 const INSERT: &str = r#"
     insert into leasehold.outbox_events (event_id, event_type, destination_url, payload)
-    select id, 'bench.event', $3, jsonb_build_object('id', id, 'pad', repeat('x', 512 - 41 - length(id)), 'type', 'bench.event')
+    select id, 'bench.event', $3, jsonb_build_object('id', id, 'pad', repeat('x', 512 - 44 - length(id)), 'type', 'bench.event')
     from (select coalesce($2, 'evt_' || k) as id from generate_series(0, $1 - 1) as k) as event"#;
 
 #[tokio::main(flavor = "current_thread")]

@@ -103,8 +103,10 @@ pub(super) type Outgoing = Request<Full<Bytes>>;
 pub(super) trait Stream: AsyncRead + AsyncWrite + Send + Unpin {}
 impl<T: AsyncRead + AsyncWrite + Send + Unpin> Stream for T {}
 
-/// A connection with at most one request on it.
-pub(super) struct Connection {
+/// A connection with at most one request on it. It passes through many hands, so that its parts stay where they are.
+pub(super) struct Connection(Box<Parts>);
+
+struct Parts {
     sender: http1::SendRequest<Full<Bytes>>,
     driver: http1::Connection<TokioIo<Box<dyn Stream>>, Full<Bytes>>,
     driver_ended: bool,
@@ -116,23 +118,22 @@ impl Connection {
     pub(super) async fn new(stream: Box<dyn Stream>, open: Arc<AtomicBool>) -> Result<Self, hyper::Error> {
         let (sender, driver) =
             http1::Builder::new().max_buf_size(HEAD_CAP).handshake(TokioIo::new(stream)).await?;
-        Ok(Self { sender, driver, driver_ended: false, open })
+        Ok(Self(Box::new(Parts { sender, driver, driver_ended: false, open })))
     }
 
     /// Lets the connection read and write. Its errors reach whoever waits for a response or a body.
     fn drive(&mut self, cx: &mut Context<'_>) {
-        if !self.driver_ended {
-            self.driver_ended = Pin::new(&mut self.driver).poll(cx).is_ready();
-        }
+        self.0.drive(cx);
     }
 
     /// Sends a request and waits for the response's head.
     pub(super) async fn send(&mut self, request: Outgoing) -> Result<Response<Incoming>, hyper::Error> {
-        let mut response = pin!(self.sender.send_request(request));
+        let Parts { sender, driver, driver_ended, .. } = &mut *self.0;
+        let mut response = pin!(sender.send_request(request));
         poll_fn(|cx| {
             // `drive` can't be called while `response` borrows the sender.
-            if !self.driver_ended {
-                self.driver_ended = Pin::new(&mut self.driver).poll(cx).is_ready();
+            if !*driver_ended {
+                *driver_ended = Pin::new(&mut *driver).poll(cx).is_ready();
             }
             response.as_mut().poll(cx)
         })
@@ -167,9 +168,17 @@ impl Connection {
     async fn is_ready(&mut self) -> bool {
         poll_fn(|cx| {
             self.drive(cx);
-            Poll::Ready(!self.driver_ended && matches!(self.sender.poll_ready(cx), Poll::Ready(Ok(()))))
+            Poll::Ready(!self.0.driver_ended && matches!(self.0.sender.poll_ready(cx), Poll::Ready(Ok(()))))
         })
         .await
+    }
+}
+
+impl Parts {
+    fn drive(&mut self, cx: &mut Context<'_>) {
+        if !self.driver_ended {
+            self.driver_ended = Pin::new(&mut self.driver).poll(cx).is_ready();
+        }
     }
 }
 
@@ -198,7 +207,7 @@ impl Pool {
     pub(super) async fn take(&self, origin: &Origin) -> Option<Connection> {
         loop {
             let Idle { mut connection, since } = lock(&self.0).pop(origin)?;
-            connection.open.store(true, Ordering::Relaxed);
+            connection.0.open.store(true, Ordering::Relaxed);
             if since.elapsed() < IDLE_TIMEOUT && connection.is_ready().await {
                 return Some(connection);
             }
@@ -207,7 +216,7 @@ impl Pool {
 
     /// Keeps a connection for the next request, if there is room.
     pub(super) fn put(&self, origin: Origin, connection: Connection) {
-        connection.open.store(false, Ordering::Relaxed);
+        connection.0.open.store(false, Ordering::Relaxed);
         let mut shelf = lock(&self.0);
         if shelf.count >= IDLE_IN_ALL {
             return;

@@ -71,13 +71,29 @@ fresh as materialized (
     order by next_attempt_at, id
     limit $8
 ),
-front as materialized (
-    select found.*, row_number() over (partition by destination_key order by turn, next_attempt_at, id) as nth
-    from (select * from expired union all select * from probation union all select * from fresh) as found
+found as materialized (
+    select * from expired union all select * from probation union all select * from fresh
+),
+-- Destinations of which more was found than there is room for. Mostly there are none, so that nothing is numbered.
+crowded as materialized (
+    select destination_key, coalesce(room, $10) as room
+    from (select destination_key, count(*) as events from found group by destination_key) as destination
+    left join rooms on rooms.key = destination_key
+    where events > coalesce(room, $10)
 ),
 first_picked as materialized (
-    select front.* from front left join rooms on rooms.key = destination_key
-    where nth <= coalesce(room, $10)
+    select id, destination_key, next_attempt_at, stored, turn, probation
+    from (
+        select * from found where destination_key <> all (array(select destination_key from crowded))
+        union all
+        select id, destination_key, next_attempt_at, stored, turn, probation
+        from (
+            select found.*, room,
+                row_number() over (partition by destination_key order by turn, next_attempt_at, id) as nth
+            from found join crowded using (destination_key)
+        ) as numbered
+        where nth <= room
+    ) as allowed
     order by turn, next_attempt_at, id
     limit $8
 ),
@@ -87,7 +103,11 @@ taken as materialized (
     select destination_key, count(*) as events from first_picked group by destination_key
 ),
 missing as materialized (
-    select case when (select count(*) from fresh) = $8 then $8 - (select count(*) from first_picked) else 0 end as events
+    select case
+        when exists (select from crowded) and (select count(*) from fresh) = $8
+            then $8 - (select count(*) from first_picked)
+        else 0
+    end as events
 ),
 destinations as (
     (
@@ -118,9 +138,10 @@ more as materialized (
         from leasehold.outbox_events
         where delivery_status = 'pending' and lease_owner is null and reclaims < 3
             and next_attempt_at <= leasehold.early_now()
-            and outbox_events.destination_key = destinations.destination_key
+            -- Not `=`: then the index on the due time alone would give this order too, and read the backlog of others.
+            and outbox_events.destination_key between destinations.destination_key and destinations.destination_key
             and id <> all (array(select first_picked.id from first_picked))
-        order by next_attempt_at, id
+        order by outbox_events.destination_key, next_attempt_at, id
         limit greatest(coalesce(room, $10) - coalesce(taken.events, 0), 0)
     ) as event
     where destinations.destination_key is not null
@@ -134,11 +155,11 @@ picked as materialized (
         select id, next_attempt_at, stored, 3, false from more
     ) as candidate
 ),
--- Locked in id order, what is locked already is left out; what changed since is seen as it is now.
+-- What is locked already is left out; what changed since is seen as it is now. No payload goes through the steps: only
+-- its size, as text.
 locked as materialized (
-    select event.id, event.event_id, event.event_type, event.destination_url, event.destination_key,
-        event.payload::text as body, event.attempts, event.max_attempts, event.next_attempt_at, event.reclaims,
-        event.lease_owner is not null as reclaimed
+    select event.id, event.attempts, event.max_attempts, event.next_attempt_at, event.reclaims,
+        event.lease_owner is not null as reclaimed, octet_length(event.payload::text) as bytes
     from leasehold.outbox_events as event
     where event.id = any (array(select id from picked where before <= $14))
         and event.delivery_status = 'pending'
@@ -152,16 +173,14 @@ locked as materialized (
             event.reclaims + (event.lease_owner is not null)::int < 3
             or event.id = any (array(select id from picked where probation))
         )
-    order by event.id
     for no key update skip locked
 ),
 sized as materialized (
     select locked.*,
-        octet_length(body) as bytes,
-        sum(case when octet_length(body) <= $13 then octet_length(body) else 0 end) over claim_order as total,
+        sum(case when bytes <= $13 then bytes else 0 end) over claim_order as total,
         row_number() over claim_order as place
     from locked
-    window claim_order as (order by next_attempt_at, id)
+    window claim_order as (order by next_attempt_at, id rows unbounded preceding)
 ),
 -- The late clock is read once every row is locked.
 granted as materialized (
@@ -192,7 +211,7 @@ claimed as (
     where event.id = granted.id
     returning event.id, event.lease_token, event.reclaims, spent, reclaimed, place,
         event.event_id, event.event_type, event.destination_url, event.destination_key, event.attempts,
-        event.max_attempts, bytes, case when spent is null and bytes <= $13 then body end as body
+        event.max_attempts, bytes, case when spent is null and bytes <= $13 then event.payload::text end as body
 )
 select
     (extract(epoch from leasehold.late_now()) * 1000000)::bigint as db_now,
@@ -202,7 +221,7 @@ select
     -- Cut off by the bytes: there is more, and it is due.
     when (select count(*) from granted) < (select count(*) from locked)
         or exists (select from picked where before > $14) then 0
-    when (select count(*) from claimed) < $8 then (
+    when (select count(*) from granted) < $8 then (
         select (extract(epoch from next_attempt_at - server.early) * 1000000)::bigint
         from leasehold.outbox_events
         where delivery_status = 'pending' and lease_owner is null and reclaims < 3
@@ -214,14 +233,13 @@ select
         -- The table is seen as before this statement: what it fails is pending no more.
         exists (select from leasehold.outbox_events
             where delivery_status = 'pending' and lease_owner is null and reclaims < 3
-                and id <> all (array(select claimed.id from claimed where spent is not null)))
+                and id <> all (array(select granted.id from granted where spent is not null)))
         or exists (select from leasehold.outbox_events
             where delivery_status = 'pending' and lease_owner is null and reclaims >= 3
-                and id <> all (array(select claimed.id from claimed where spent is not null)))
+                and id <> all (array(select granted.id from granted where spent is not null)))
         or exists (select from leasehold.outbox_events
             where lease_owner is not null
-                and id <> all (array(select claimed.id from claimed where spent is not null)))
+                and id <> all (array(select granted.id from granted where spent is not null)))
     end as any_pending,
     claimed.*
 from server cross join search left join claimed on true
-order by claimed.place

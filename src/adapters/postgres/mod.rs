@@ -9,6 +9,7 @@ mod error;
 mod retire;
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -19,6 +20,7 @@ use tokio::sync::Mutex;
 use tokio::time::Instant;
 
 use self::connect::Hosts;
+pub use self::connect::PLANS;
 use self::error::{after_send, not_connected, text};
 use super::store::{CLAIM_BYTES, NewEvent, Status, StoreError, clean};
 use crate::machine::{
@@ -34,6 +36,7 @@ const CHANNEL: &str = "leasehold_events";
 const SLEEP_FOR: Duration = Duration::from_secs(60);
 
 const CLAIM: &str = include_str!("claim.sql");
+const LOOK: &str = include_str!("look.sql");
 const RENEW: &str = include_str!("renew.sql");
 const SETTLE: &str = include_str!("settle.sql");
 const SLEEP: &str = "insert into leasehold.sleepers (worker, until) values ($1, clock_timestamp() + $2 * interval '1 microsecond')
@@ -59,8 +62,10 @@ pub struct PostgresOptions {
 #[derive(Debug)]
 pub struct Postgres {
     hosts: Arc<Hosts>,
-    /// Claims, settles, looks.
-    calls: PgPool,
+    /// Claims and looks: one is under way at a time.
+    claims: PgPool,
+    /// Settles: one is under way at a time.
+    settles: PgPool,
     /// Heartbeats: one connection, and a spare (rule P5).
     renewals: PgPool,
     /// Moving and deleting what was delivered: never in the way of the others.
@@ -69,6 +74,8 @@ pub struct Postgres {
     listener: Mutex<Option<PgListener>>,
     /// Until when what the table of sleepers says of this worker needn't be said again; `None` if it doesn't sleep.
     asleep_until: Mutex<Option<Instant>>,
+    /// Whether the last claim found nothing: then the next one looks first.
+    found_nothing: AtomicBool,
     renew: String,
     renew_waiting: String,
 }
@@ -82,13 +89,15 @@ impl Postgres {
         let hosts = Arc::new(Hosts::parse(url, &options)?);
         let (marked, waiting) = (RENEW.to_owned(), RENEW.replace("/* skip locked */", ""));
         Ok(Self {
-            calls: hosts.pool(4, options.store_timeout),
+            claims: hosts.pool(1, options.store_timeout),
+            settles: hosts.pool(1, options.store_timeout),
             renewals: hosts.pool(2, options.store_timeout),
             retiring: hosts.pool(1, options.store_timeout),
             hosts,
             options,
             listener: Mutex::new(None),
             asleep_until: Mutex::new(None),
+            found_nothing: AtomicBool::new(false),
             renew: marked.replace("/* skip locked */", "skip locked"),
             renew_waiting: waiting,
         })
@@ -148,7 +157,7 @@ impl Postgres {
     /// [`StoreError::Schema`] or what kept it from looking.
     pub async fn check_schema(&self) -> Result<(), StoreError> {
         let query = sqlx::query_scalar::<_, Option<i32>>("select max(version) from leasehold.migrations");
-        let version = match query.persistent(false).fetch_one(&self.calls).await {
+        let version = match query.persistent(false).fetch_one(&self.claims).await {
             Ok(version) => version.unwrap_or(0),
             Err(sqlx::Error::Database(error))
                 if matches!(error.code().as_deref(), Some("42P01" | "3F000")) =>
@@ -177,7 +186,7 @@ impl Postgres {
             }
             _ => database("enqueueing", &error),
         };
-        let mut transaction = self.calls.begin().await.map_err(doing)?;
+        let mut transaction = self.claims.begin().await.map_err(doing)?;
         let mut ids = Vec::with_capacity(events.len());
         for batch in events.chunks(1_000) {
             let column = |of: fn(&NewEvent) -> Option<String>| batch.iter().map(of).collect::<Vec<_>>();
@@ -228,7 +237,7 @@ impl Postgres {
              from leasehold.outbox_events",
         )
         .persistent(false)
-        .fetch_one(&self.calls)
+        .fetch_one(&self.claims)
         .await
         .map_err(|error| database("counting events", &error))?;
         let count = |name: &str| row.try_get::<i64, _>(name).map(i64::unsigned_abs);
@@ -253,7 +262,7 @@ impl Postgres {
     pub async fn server_version(&self) -> Result<String, StoreError> {
         sqlx::query_scalar("show server_version")
             .persistent(false)
-            .fetch_one(&self.calls)
+            .fetch_one(&self.claims)
             .await
             .map_err(|error| database("connecting", &error))
     }
@@ -273,7 +282,7 @@ impl Postgres {
             (false, Some(_)) => sqlx::query(AWAKE).bind(owner.as_str().to_owned()),
         };
         *said = asleep.then(|| Instant::now() + SLEEP_FOR / 2);
-        if let Err(fault) = self.call(&self.calls, query).await {
+        if let Err(fault) = self.call(&self.claims, query).await {
             tracing::debug!(%fault, "could not say whether this worker sleeps; it polls all the same");
         }
     }
@@ -359,6 +368,13 @@ fn unreadable(error: &sqlx::Error) -> StoreFault {
 impl Outbox for Postgres {
     async fn claim(&self, request: ClaimRequest) -> Result<Claimed, StoreFault> {
         self.say_asleep(&request.owner, request.asleep).await;
+        let look = self.found_nothing.load(Ordering::Relaxed);
+        if look && !request.terms.expired && !request.count_pending {
+            let rows = self.call(&self.claims, sqlx::query(LOOK)).await?;
+            if !rows.is_empty() {
+                return read_claim(&rows).map_err(|error| unreadable(&error));
+            }
+        }
         let (keys, rooms): (Vec<String>, Vec<i32>) =
             request.shares.iter().map(|(key, room)| (key.as_str().to_owned(), count(*room))).unzip();
         let query = sqlx::query(CLAIM)
@@ -379,8 +395,10 @@ impl Outbox for Postgres {
             .bind(request.count_pending)
             .bind(ClaimFailure::AttemptsSpent.last_error())
             .bind(ClaimFailure::ReclaimsSpent.last_error());
-        let rows = self.call(&self.calls, query).await?;
-        read_claim(&rows).map_err(|error| unreadable(&error))
+        let rows = self.call(&self.claims, query).await?;
+        let claimed = read_claim(&rows).map_err(|error| unreadable(&error))?;
+        self.found_nothing.store(claimed.reply.grants.is_empty(), Ordering::Relaxed);
+        Ok(claimed)
     }
 
     async fn renew(&self, request: RenewRequest) -> Result<RenewReply, StoreFault> {
@@ -408,14 +426,14 @@ impl Outbox for Postgres {
             .bind(settles.iter().map(|settle| settle.delay).collect::<Vec<_>>())
             .bind(settles.iter().map(|settle| settle.error.clone()).collect::<Vec<_>>())
             .bind(settles.iter().map(|settle| settle.status).collect::<Vec<_>>());
-        let rows = self.call(&self.calls, query).await?;
+        let rows = self.call(&self.settles, query).await?;
         let (db_now, answers) = read_answers(&rows).map_err(|error| unreadable(&error))?;
         Ok(SettleReply { db_now, answers })
     }
 
     async fn owned(&self, request: OwnedRequest) -> Result<OwnedReply, StoreFault> {
         let query = sqlx::query(OWNED).bind(request.owner.as_str().to_owned());
-        let rows = self.call(&self.calls, query).await?;
+        let rows = self.call(&self.claims, query).await?;
         let read = || -> Result<OwnedReply, sqlx::Error> {
             let mut reply = OwnedReply { db_now: DbTime::default(), keys: Vec::new() };
             for row in &rows {
@@ -517,9 +535,15 @@ fn read_claim(rows: &[PgRow]) -> Result<Claimed, sqlx::Error> {
         next_due_in: next_due_in.map(|micros| Duration::from_micros(u64::try_from(micros).unwrap_or(0))),
         any_pending: header.try_get("any_pending")?,
     };
-    let mut messages = Vec::new();
+    let mut found = Vec::with_capacity(rows.len());
     for row in rows {
-        let Some(id) = row.try_get::<Option<i64>, _>("id")? else { continue };
+        if let Some(id) = row.try_get::<Option<i64>, _>("id")? {
+            found.push((row.try_get::<i64, _>("place")?, id, row));
+        }
+    }
+    found.sort_unstable_by_key(|(place, ..)| *place);
+    let mut messages = Vec::with_capacity(found.len());
+    for (_, id, row) in found {
         match row.try_get::<Option<&str>, _>("spent")? {
             Some("attempts") => reply.failed.push((RowId(id), ClaimFailure::AttemptsSpent)),
             Some(_) => reply.failed.push((RowId(id), ClaimFailure::ReclaimsSpent)),

@@ -1,0 +1,27 @@
+-- What a claim answers when nothing is due, at a fraction of its cost; no row when something is.
+select
+    (extract(epoch from leasehold.late_now()) * 1000000)::bigint as db_now,
+    (extract(epoch from pg_postmaster_start_time()) * 1000000)::bigint::text
+        || '/' || substr(pg_walfile_name(pg_current_wal_lsn()), 1, 8) as incarnation,
+    false as searched,
+    (
+        select (extract(epoch from next_attempt_at - leasehold.early_now()) * 1000000)::bigint
+        from leasehold.outbox_events
+        where delivery_status = 'pending' and lease_owner is null and reclaims < 3
+            and next_attempt_at > leasehold.early_now()
+        order by next_attempt_at
+        limit 1
+    ) as next_due_in,
+    null::boolean as any_pending,
+    null::bigint as id
+where
+    not exists (
+        select from leasehold.outbox_events
+        where delivery_status = 'pending' and lease_owner is null and reclaims < 3
+            and next_attempt_at <= leasehold.early_now()
+    )
+    and not exists (
+        select from leasehold.outbox_events
+        where delivery_status = 'pending' and lease_owner is null and reclaims >= 3
+            and next_attempt_at <= leasehold.early_now()
+    )
