@@ -34,6 +34,11 @@ macro_rules! bugs {
                 match self { $(Self::$bug => $place,)* }
             }
 
+            /// The mistake that is this one of the worker machine.
+            pub fn of_machine(planted: Planted) -> Option<Self> {
+                Self::ALL.iter().copied().find(|bug| bug.place() == Place::Machine(planted))
+            }
+
             /// What is wrong.
             pub const fn text(self) -> &'static str {
                 match self { $(Self::$bug => $text,)* }

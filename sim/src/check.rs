@@ -14,7 +14,7 @@ use leasehold::machine::{
 use sim_oracle::Violation;
 use stateright::{Checker, Model, Property};
 
-use crate::bugs::{Bug, Place};
+use crate::bugs::Bug;
 use crate::schedule::{
     Cut, Destination, EventPlan, Fault, Manner, Pace, Profile, Schedule, Settings, Slot, Timed,
 };
@@ -561,8 +561,7 @@ pub fn schedule_of(bounds: Bounds, path: &[Step], seed: u64) -> Schedule {
 /// is stricter than the properties here and may name another one, broken earlier.
 pub fn replay(bounds: Bounds, path: &[Step]) -> Option<(Schedule, Violation)> {
     const SEEDS: u64 = 256;
-    let place = bounds.bug.map(Place::Machine);
-    let bug = Bug::ALL.iter().copied().find(|bug| Some(bug.place()) == place);
+    let bug = bounds.bug.and_then(Bug::of_machine);
     (0..SEEDS).find_map(|seed| {
         let schedule = schedule_of(bounds, path, seed);
         let violation = crate::run(&schedule, Options { bug, ..Options::default() }).violation?;

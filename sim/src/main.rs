@@ -368,8 +368,7 @@ fn check(bounds: Bounds, out: Option<&Path>) -> Result<bool, String> {
     };
     println!("the event heap finds it too: {violation}");
     if let Some(out) = out {
-        let place = bounds.bug.map(Place::Machine);
-        let bug = Bug::ALL.iter().find(|bug| Some(bug.place()) == place).map(|bug| bug.name().to_owned());
+        let bug = bounds.bug.and_then(Bug::of_machine).map(|bug| bug.name().to_owned());
         save(out, &Case { found: violation.to_string(), bug, schedule })?;
     }
     Ok(false)

@@ -297,7 +297,7 @@ impl WorkerSettings {
                 limits,
                 retry,
                 seed,
-                eager_poll: 2 * MILLISECOND,
+                eager_poll: MILLISECOND,
                 until_empty: false,
                 #[cfg(feature = "planted-bugs")]
                 planted: None,

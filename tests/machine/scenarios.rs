@@ -453,6 +453,41 @@ fn a_refill_does_not_wait_for_the_next_poll() {
     assert!((1..=20).all(|id| bed.row(id).status == Status::Delivered));
 }
 
+/// When claims are sent within `duration`, and whether they say that the worker sleeps.
+fn claims_within(bed: &mut Bed, duration: Duration) -> Vec<(Duration, bool)> {
+    let (start, until) = (bed.now, bed.now.after(duration));
+    let mut claims = Vec::new();
+    while let Some(at) = bed.worker.next_wakeup().filter(|at| *at < until) {
+        bed.now = bed.now.max(at);
+        for action in bed.wake() {
+            if let Action::Claim(_, claim) = action {
+                claims.push((bed.now.since(start), claim.asleep));
+            }
+        }
+        bed.answer_all();
+    }
+    claims
+}
+
+#[test]
+fn a_worker_polls_eagerly_for_a_second_and_then_says_that_it_sleeps() {
+    let (mut bed, key) = one_open();
+    bed.respond(key, 204);
+    bed.answer_all();
+    let claims = claims_within(&mut bed, 3 * SECOND);
+    let (awake, asleep): (Vec<_>, Vec<_>) = claims.iter().partition(|(_, asleep)| !asleep);
+    assert!(awake.len() > 900, "{} polls", awake.len());
+    assert!(awake.iter().all(|(at, _)| *at < SECOND));
+    assert!(asleep.first().is_some_and(|(at, _)| *at < SECOND + 2 * MS), "it looks once more as it says so");
+    assert!((8..=9).contains(&asleep.len()), "then every poll interval: {asleep:?}");
+    // An event ends the sleep.
+    bed.add(2, "http://a");
+    bed.give(Input::Hint);
+    bed.answer_all();
+    let next = claims_within(&mut bed, SECOND / 10);
+    assert!(next.len() > 50 && next.iter().all(|(_, asleep)| !asleep), "{next:?}");
+}
+
 #[test]
 fn max_leased_is_never_exceeded() {
     let mut bed = Bed::new(settings());

@@ -74,8 +74,8 @@ pub struct Postgres {
     listener: Mutex<Option<PgListener>>,
     /// Until when what the table of sleepers says of this worker needn't be said again; `None` if it doesn't sleep.
     asleep_until: Mutex<Option<Instant>>,
-    /// Whether the last claim found nothing: then the next one looks first.
-    found_nothing: AtomicBool,
+    /// Whether the last claim left nothing that was due: then the next one looks first.
+    caught_up: AtomicBool,
     renew: String,
     renew_waiting: String,
 }
@@ -97,7 +97,7 @@ impl Postgres {
             options,
             listener: Mutex::new(None),
             asleep_until: Mutex::new(None),
-            found_nothing: AtomicBool::new(false),
+            caught_up: AtomicBool::new(false),
             renew: marked.replace("/* skip locked */", "skip locked"),
             renew_waiting: waiting,
         })
@@ -368,8 +368,7 @@ fn unreadable(error: &sqlx::Error) -> StoreFault {
 impl Outbox for Postgres {
     async fn claim(&self, request: ClaimRequest) -> Result<Claimed, StoreFault> {
         self.say_asleep(&request.owner, request.asleep).await;
-        let look = self.found_nothing.load(Ordering::Relaxed);
-        if look && !request.terms.expired && !request.count_pending {
+        if self.caught_up.load(Ordering::Relaxed) && !request.terms.expired && !request.count_pending {
             let rows = self.call(&self.claims, sqlx::query(LOOK)).await?;
             if !rows.is_empty() {
                 return read_claim(&rows).map_err(|error| unreadable(&error));
@@ -397,7 +396,8 @@ impl Outbox for Postgres {
             .bind(ClaimFailure::ReclaimsSpent.last_error());
         let rows = self.call(&self.claims, query).await?;
         let claimed = read_claim(&rows).map_err(|error| unreadable(&error))?;
-        self.found_nothing.store(claimed.reply.grants.is_empty(), Ordering::Relaxed);
+        let full = claimed.reply.grants.len() >= usize::try_from(request.limit).unwrap_or(usize::MAX);
+        self.caught_up.store(!full, Ordering::Relaxed);
         Ok(claimed)
     }
 

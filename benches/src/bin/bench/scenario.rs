@@ -1,0 +1,224 @@
+//! What is measured.
+
+use std::process::Stdio;
+use std::time::Duration;
+
+use anyhow::{Context, ensure};
+use sqlx::postgres::PgPool;
+use tokio::process::{Child, Command};
+use tokio::time::{Instant, sleep, sleep_until};
+
+use crate::measure::{self, Figures};
+use crate::receiver::{Arrivals, Receiver, now};
+
+pub(crate) struct Scenario {
+    pub(crate) name: String,
+    workers: usize,
+    work: Work,
+}
+
+enum Work {
+    /// Everything is there at the start; with that many due events more for a destination that never answers.
+    Drain { events: u32, hanging: u32 },
+    /// Events come one by one.
+    Trickle { per_second: u32, seconds: u32 },
+    /// Nothing comes.
+    Idle { seconds: u32 },
+}
+
+pub(crate) fn all(events: u32) -> Vec<Scenario> {
+    let mut all = Vec::new();
+    for workers in [1, 2, 4, 8] {
+        let name = if workers == 1 { "drain, 1 worker".into() } else { format!("drain, {workers} workers") };
+        all.push(Scenario { name, workers, work: Work::Drain { events, hanging: 0 } });
+    }
+    let beside = Work::Drain { events, hanging: 5 * events };
+    all.push(Scenario { name: "drain beside a hung destination".into(), workers: 1, work: beside });
+    let trickle = Work::Trickle { per_second: 200, seconds: 10 };
+    all.push(Scenario { name: "200 events/s, defaults".into(), workers: 1, work: trickle });
+    all.push(Scenario { name: "idle, defaults".into(), workers: 1, work: Work::Idle { seconds: 20 } });
+    all
+}
+
+/// Settings of the drains, tuned by trying a few; the rest is measured with the defaults.
+const DRAIN: [(&str, &str); 3] = [
+    ("LEASEHOLD_MAX_IN_FLIGHT", "64"),
+    ("LEASEHOLD_MAX_IN_FLIGHT_PER_DESTINATION", "48"),
+    ("LEASEHOLD_CLAIM_BATCH", "500"),
+];
+
+const INSERT: &str = "
+    insert into leasehold.outbox_events (event_id, event_type, destination_url, payload)
+    select id, 'bench.event', $2, jsonb_build_object('id', id, 'pad', repeat('x', 448), 'type', 'bench.event')
+    from unnest($1::text[]) as id";
+
+fn leasehold(url: &str, arguments: &[&str]) -> anyhow::Result<Command> {
+    let mut command = Command::new(std::env::current_exe()?.with_file_name("leasehold"));
+    command
+        .args(arguments)
+        .env_remove("LEASEHOLD_TEST_POSTGRES") // no setting of the program's
+        .env("DATABASE_URL", url)
+        .env("LEASEHOLD_SIGNING_SECRETS", "whsec_YmVuY2htYXJrIHNlY3JldCBvZiAzMiBieXRlcyEh")
+        .env("LEASEHOLD_ALLOW_DESTINATIONS", "127.0.0.0/8")
+        .env("LEASEHOLD_ALLOW_HTTP", "true")
+        .env("LEASEHOLD_LOG", "warn")
+        .stdout(Stdio::null())
+        .kill_on_drop(true);
+    Ok(command)
+}
+
+/// A URL like `server`'s with another database.
+fn with_database(server: &str, name: &str) -> anyhow::Result<String> {
+    let path = server.find("://").and_then(|at| server[at + 3..].find('/').map(|slash| at + 3 + slash + 1));
+    let path = path.context("LEASEHOLD_TEST_POSTGRES names no database")?;
+    let rest = server[path..].find('?').map_or("", |query| &server[path + query..]);
+    Ok(format!("{}{name}{rest}", &server[..path]))
+}
+
+async fn insert(pool: &PgPool, ids: Vec<String>, url: &str) -> anyhow::Result<()> {
+    sqlx::query(INSERT).bind(ids).bind(url).execute(pool).await?;
+    Ok(())
+}
+
+fn percentile(sorted: &[i64], percent: usize) -> f64 {
+    let at = (sorted.len() * percent / 100).min(sorted.len().saturating_sub(1));
+    sorted.get(at).map_or(f64::NAN, |micros| *micros as f64 / 1_000.0)
+}
+
+impl Scenario {
+    pub(crate) async fn run(&self, server: &str, receiver: &Receiver) -> anyhow::Result<Figures> {
+        let admin = PgPool::connect(server).await?;
+        for sql in [
+            "drop database if exists leasehold_bench (force)",
+            "create database leasehold_bench",
+            "checkpoint",
+        ] {
+            sqlx::raw_sql(sql).execute(&admin).await?;
+        }
+        admin.close().await;
+        let url = with_database(server, "leasehold_bench")?;
+        let migrated = leasehold(&url, &["migrate"])?.status().await?;
+        ensure!(migrated.success(), "migrate failed");
+        let pool = PgPool::connect(&url).await?;
+        let ok = format!("http://{}/ok", receiver.address);
+        if let Work::Drain { events, hanging } = self.work {
+            // The destination that hangs comes first.
+            let ids = (0..hanging).map(|k| format!("hung_{k}")).collect();
+            insert(&pool, ids, &format!("http://localhost:{}/hang", receiver.address.port())).await?;
+            insert(&pool, (0..events).map(|k| format!("event_{k}")).collect(), &ok).await?;
+            sqlx::raw_sql("analyze leasehold.outbox_events").execute(&pool).await?;
+        }
+        receiver.take();
+
+        let postmaster = measure::postmaster(&pool).await?;
+        let mut workers: Vec<Child> = Vec::new();
+        for _ in 0..self.workers {
+            let mut worker = leasehold(&url, &["run"])?;
+            if let Work::Drain { .. } = self.work {
+                worker.envs(DRAIN).env("LEASEHOLD_ALLOW_DESTINATIONS", "127.0.0.0/8,localhost");
+            }
+            workers.push(worker.spawn().context("leasehold lies beside this program: build both")?);
+        }
+        let ids: Vec<u32> = workers.iter().filter_map(Child::id).collect();
+        if !matches!(self.work, Work::Drain { .. }) {
+            // They sleep by then.
+            sleep(Duration::from_secs(3)).await;
+        }
+        let before = (
+            measure::workers_cpu(&ids),
+            measure::postgres_cpu(postmaster),
+            measure::transactions(&pool).await?,
+        );
+        let (start, began) = (Instant::now(), now());
+        let arrivals = self.work(&pool, &ok, receiver).await?;
+        let seconds = start.elapsed().as_secs_f64();
+        let worker_cpu = measure::workers_cpu(&ids) - before.0;
+        let postgres_cpu = measure::postgres_cpu(postmaster) - before.1;
+        // The statistics of a session are published a second after it fell idle.
+        sleep(Duration::from_millis(1_500)).await;
+        let statements = measure::transactions(&pool).await? - before.2;
+        let memory_mib = ids.iter().map(|id| measure::memory(*id)).fold(0.0, f64::max);
+        for mut worker in workers {
+            worker.kill().await?;
+        }
+        pool.close().await;
+
+        if let Work::Idle { .. } = self.work {
+            // By the second, not by the delivery.
+            return Ok(Figures {
+                per_second: 0.0,
+                p50_ms: f64::NAN,
+                p99_ms: f64::NAN,
+                worker_cpu: worker_cpu / seconds,
+                postgres_cpu: postgres_cpu / seconds,
+                memory_mib,
+                statements: statements / (seconds + 1.5),
+            });
+        }
+        let delivered = arrivals.first.len() as f64;
+        let last = arrivals.first.values().max().copied().unwrap_or(began);
+        let mut latencies: Vec<i64> = match self.work {
+            Work::Trickle { .. } => {
+                let sent = |id: &str| id.rsplit('_').next().and_then(|micros| micros.parse::<i64>().ok());
+                arrivals.first.iter().filter_map(|(id, at)| Some(at - sent(id)?)).collect()
+            }
+            _ => Vec::new(),
+        };
+        latencies.sort_unstable();
+        Ok(Figures {
+            per_second: delivered / ((last - began) as f64 / 1e6),
+            p50_ms: percentile(&latencies, 50),
+            p99_ms: percentile(&latencies, 99),
+            worker_cpu: worker_cpu * 1_000.0 / delivered,
+            postgres_cpu: postgres_cpu * 1_000.0 / delivered,
+            memory_mib,
+            statements: statements / delivered,
+        })
+    }
+
+    /// Waits until everything that can be delivered is, and settled.
+    async fn work(&self, pool: &PgPool, ok: &str, receiver: &Receiver) -> anyhow::Result<Arrivals> {
+        let events = match self.work {
+            Work::Drain { events, .. } => events,
+            Work::Trickle { per_second, seconds } => {
+                let start = Instant::now();
+                for k in 0..per_second * seconds {
+                    sleep_until(start + Duration::from_secs(1) * k / per_second).await;
+                    insert(pool, vec![format!("event_{k}_{}", now())], ok).await?;
+                }
+                per_second * seconds
+            }
+            Work::Idle { seconds } => {
+                sleep(Duration::from_secs(u64::from(seconds))).await;
+                return Ok(receiver.take());
+            }
+        };
+        let until = Instant::now() + Duration::from_secs(300);
+        let delivered = "select count(*) from leasehold.outbox_events where delivery_status = 'delivered'";
+        let mut arrivals = Arrivals::default();
+        loop {
+            let more = receiver.take();
+            arrivals.requests += more.requests;
+            for (id, at) in more.first {
+                arrivals.first.entry(id).or_insert(at);
+            }
+            // To count reads the whole table: not before the last one has come.
+            if arrivals.first.len() >= events as usize
+                && sqlx::query_scalar::<_, i64>(delivered).fetch_one(pool).await? >= i64::from(events)
+            {
+                ensure!(
+                    arrivals.requests == u64::from(events),
+                    "{} requests for {events} events",
+                    arrivals.requests
+                );
+                return Ok(arrivals);
+            }
+            ensure!(
+                Instant::now() < until,
+                "{} of {events} events came in five minutes",
+                arrivals.first.len()
+            );
+            sleep(Duration::from_millis(20)).await;
+        }
+    }
+}
