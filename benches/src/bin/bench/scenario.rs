@@ -18,8 +18,9 @@ pub(crate) struct Scenario {
 }
 
 enum Work {
-    /// Everything is there at the start; with that many due events more for a destination that never answers.
-    Drain { events: u32, hanging: u32 },
+    /// Everything is there at the start; with that many due events more for a destination that never answers. At most
+    /// `cap` requests are open to one destination.
+    Drain { events: u32, hanging: u32, cap: u32 },
     /// Events come one by one.
     Trickle { per_second: u32, seconds: u32 },
     /// Nothing comes.
@@ -30,10 +31,12 @@ pub(crate) fn all(events: u32) -> Vec<Scenario> {
     let mut all = Vec::new();
     for workers in [1, 2, 4, 8] {
         let name = if workers == 1 { "drain, 1 worker".into() } else { format!("drain, {workers} workers") };
-        all.push(Scenario { name, workers, work: Work::Drain { events, hanging: 0 } });
+        all.push(Scenario { name, workers, work: Work::Drain { events, hanging: 0, cap: 512 } });
     }
-    let beside = Work::Drain { events, hanging: 5 * events };
-    all.push(Scenario { name: "drain beside a hung destination".into(), workers: 1, work: beside });
+    let alone = Work::Drain { events, hanging: 0, cap: 32 };
+    all.push(Scenario { name: "drain, 32 requests a destination".into(), workers: 1, work: alone });
+    let beside = Work::Drain { events, hanging: 5 * events, cap: 32 };
+    all.push(Scenario { name: "the same beside a hung destination".into(), workers: 1, work: beside });
     let trickle = Work::Trickle { per_second: 200, seconds: 10 };
     all.push(Scenario { name: "200 events/s, defaults".into(), workers: 1, work: trickle });
     all.push(Scenario { name: "idle, defaults".into(), workers: 1, work: Work::Idle { seconds: 20 } });
@@ -41,11 +44,7 @@ pub(crate) fn all(events: u32) -> Vec<Scenario> {
 }
 
 /// Settings of the drains, tuned by trying a few; the rest is measured with the defaults.
-const DRAIN: [(&str, &str); 3] = [
-    ("LEASEHOLD_MAX_IN_FLIGHT", "64"),
-    ("LEASEHOLD_MAX_IN_FLIGHT_PER_DESTINATION", "48"),
-    ("LEASEHOLD_CLAIM_BATCH", "500"),
-];
+const DRAIN: [(&str, &str); 2] = [("LEASEHOLD_MAX_IN_FLIGHT", "64"), ("LEASEHOLD_CLAIM_BATCH", "500")];
 
 const INSERT: &str = "
     insert into leasehold.outbox_events (event_id, event_type, destination_url, payload)
@@ -101,7 +100,7 @@ impl Scenario {
         ensure!(migrated.success(), "migrate failed");
         let pool = PgPool::connect(&url).await?;
         let ok = format!("http://{}/ok", receiver.address);
-        if let Work::Drain { events, hanging } = self.work {
+        if let Work::Drain { events, hanging, .. } = self.work {
             // The destination that hangs comes first.
             let ids = (0..hanging).map(|k| format!("hung_{k}")).collect();
             insert(&pool, ids, &format!("http://localhost:{}/hang", receiver.address.port())).await?;
@@ -114,8 +113,9 @@ impl Scenario {
         let mut workers: Vec<Child> = Vec::new();
         for _ in 0..self.workers {
             let mut worker = leasehold(&url, &["run"])?;
-            if let Work::Drain { .. } = self.work {
-                worker.envs(DRAIN).env("LEASEHOLD_ALLOW_DESTINATIONS", "127.0.0.0/8,localhost");
+            if let Work::Drain { cap, .. } = self.work {
+                worker.envs(DRAIN).env("LEASEHOLD_MAX_IN_FLIGHT_PER_DESTINATION", cap.to_string());
+                worker.env("LEASEHOLD_ALLOW_DESTINATIONS", "127.0.0.0/8,localhost");
             }
             workers.push(worker.spawn().context("leasehold lies beside this program: build both")?);
         }
