@@ -45,8 +45,9 @@ const DELIVERED: &str = "select count(*) from leasehold.outbox_events where deli
 async fn a_worker_out_of_memory_dies_and_another_takes_over() {
     let _alone = ALONE.lock().await;
     let (mut ground, server) = Ground::new().await;
-    ground.set(&[("CLAIM_BATCH", "10"), ("MAX_LEASED", "60"), ("MAX_IN_FLIGHT_PER_DESTINATION", "60")]);
-    let receiver = Receiver::start(|_| (500 * MS, 200)).await;
+    ground.set(&[("CLAIM_BATCH", "10"), ("MAX_LEASED", "5000"), ("MAX_IN_FLIGHT_PER_DESTINATION", "5000")]);
+    // Long enough for all of them to be held at once.
+    let receiver = Receiver::start(|_| (Duration::from_secs(8), 200)).await;
     let mut connection = server.admin().await;
     insert(&mut connection, &receiver.url(), 20, 10).await;
     let mut victim = ground.worker("victim", &server.url());
@@ -54,11 +55,14 @@ async fn a_worker_out_of_memory_dies_and_another_takes_over() {
     let pid = victim.child.id().and_then(|pid| Pid::from_raw(pid.cast_signed()));
     let limit = memory(&victim, "VmSize:").map(|kib| kib * 1_024);
     prlimit(pid, Resource::As, Rlimit { current: limit, maximum: limit }).expect("an own child's limit");
-    insert(&mut connection, &receiver.url(), 80, 900_000).await;
+    // More than all that the process has mapped, whatever it makes of that.
+    let mapped = limit.expect("/proc tells") / 900_000;
+    let large = i32::try_from(mapped + mapped / 5).expect("not many");
+    insert(&mut connection, &receiver.url(), large, 900_000).await;
     assert_eq!(victim.end().await, None, "it ends by a signal:\n{}", victim.log());
     victim.logs("memory allocation").await;
     let _heir = ground.worker("heir", &server.url());
-    until(&mut connection, DELIVERED, |count| count == 100).await;
+    until(&mut connection, DELIVERED, |count| count == 20 + i64::from(large)).await;
     for (event, seen) in receiver.by_event() {
         assert!(seen.len() <= 2, "{event}: {seen:?}");
         assert!(seen.windows(2).all(|pair| pair[0].closed.is_some_and(|closed| closed <= pair[1].opened)));
