@@ -222,6 +222,15 @@ impl Oracle {
         if book.reclaims >= PROBATION {
             self.stats.saw(Sometimes::Probation);
         }
+        // A lost number that comes again to the same worker is one lease to it: its request goes on under this one.
+        let (mut open, mut opened_at, mut confirmed) = (false, 0, UNKNOWN);
+        if let Some(same) = self.find(event, worker, token) {
+            let same = &mut self.leases[same as usize];
+            if std::mem::take(&mut same.open) {
+                (open, opened_at, confirmed) = (true, same.opened_at, same.confirmed);
+            }
+        }
+        let book = &self.events[event as usize];
         let lease = self.leases.len() as u32;
         self.leases.push(Lease {
             event,
@@ -231,10 +240,10 @@ impl Oracle {
             applied_at: self.now,
             granted_at: locked,
             renewals: 0,
-            confirmed: UNKNOWN,
-            open: false,
-            opened: false,
-            opened_at: 0,
+            confirmed,
+            open,
+            opened: open,
+            opened_at,
             end: None,
             known: UNKNOWN,
             impossible: false,
