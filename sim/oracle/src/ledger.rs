@@ -70,6 +70,8 @@ pub(crate) struct Event {
     pub(crate) freed_at: Micros,
     /// When the last transaction ended that had its lock for long, whether it changed the row or not.
     pub(crate) unlocked_at: Micros,
+    /// Since when and until when one transaction after another had its lock.
+    pub(crate) locked: (Micros, Micros),
 }
 
 /// Calls of one lane.

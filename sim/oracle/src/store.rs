@@ -64,6 +64,7 @@ impl Oracle {
             long_lock: (0, 0),
             freed_at: self.now,
             unlocked_at: 0,
+            locked: (0, 0),
         });
     }
 

@@ -71,10 +71,14 @@ impl Oracle {
         Ok(())
     }
 
-    /// Somebody's transaction is over that had the row's lock for long: until now no claim could have taken it.
+    /// Somebody's transaction is over. Where they had the row's lock for long, one or several that waited for each other,
+    /// no claim could have taken it until now.
     pub(crate) fn lock_over(&mut self, event: u32, locked: Micros) {
-        if self.now - locked > 1_000 {
-            self.events[event as usize].unlocked_at = self.now;
+        let event = &mut self.events[event as usize];
+        let since = if locked <= event.locked.1 { event.locked.0 } else { locked };
+        event.locked = (since, self.now);
+        if self.now - since > 1_000 {
+            event.unlocked_at = self.now;
         }
     }
 }
