@@ -121,11 +121,6 @@ impl Connection {
         Ok(Self(Box::new(Parts { sender, driver, driver_ended: false, open })))
     }
 
-    /// Lets the connection read and write. Its errors reach whoever waits for a response or a body.
-    fn drive(&mut self, cx: &mut Context<'_>) {
-        self.0.drive(cx);
-    }
-
     /// Sends a request and waits for the response's head.
     pub(super) async fn send(&mut self, request: Outgoing) -> Result<Response<Incoming>, hyper::Error> {
         let Parts { sender, driver, driver_ended, .. } = &mut *self.0;
@@ -147,7 +142,7 @@ impl Connection {
             let mut left = cap;
             loop {
                 let frame = poll_fn(|cx| {
-                    self.drive(cx);
+                    self.0.drive(cx);
                     Pin::new(&mut body).poll_frame(cx)
                 });
                 match frame.await {
@@ -167,7 +162,7 @@ impl Connection {
     /// Whether the next request can be written right now. Sees it if the other side has closed the connection.
     async fn is_ready(&mut self) -> bool {
         poll_fn(|cx| {
-            self.drive(cx);
+            self.0.drive(cx);
             Poll::Ready(!self.0.driver_ended && matches!(self.0.sender.poll_ready(cx), Poll::Ready(Ok(()))))
         })
         .await
@@ -175,6 +170,7 @@ impl Connection {
 }
 
 impl Parts {
+    /// Lets the connection read and write. Its errors reach whoever waits for a response or a body.
     fn drive(&mut self, cx: &mut Context<'_>) {
         if !self.driver_ended {
             self.driver_ended = Pin::new(&mut self.driver).poll(cx).is_ready();

@@ -396,8 +396,10 @@ impl Outbox for Postgres {
             .bind(ClaimFailure::ReclaimsSpent.last_error());
         let rows = self.call(&self.claims, query).await?;
         let claimed = read_claim(&rows).map_err(|error| unreadable(&error))?;
-        let full = claimed.reply.grants.len() >= usize::try_from(request.limit).unwrap_or(usize::MAX);
-        self.caught_up.store(!full, Ordering::Relaxed);
+        let ClaimReply { grants, failed, next_due_in, .. } = &claimed.reply;
+        let full = grants.len() + failed.len() >= usize::try_from(request.limit).unwrap_or(usize::MAX);
+        let cut_off = *next_due_in == Some(Duration::ZERO);
+        self.caught_up.store(!full && !cut_off, Ordering::Relaxed);
         Ok(claimed)
     }
 
