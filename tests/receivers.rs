@@ -9,6 +9,7 @@ use std::process::Stdio;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use leasehold::adapters::http::{Secret, Signer};
+use rustix::process::{Pid, Signal, kill_process_group};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::process::Command;
@@ -85,6 +86,15 @@ async fn tells_them_apart(port: u16) {
     assert_eq!(send(port, good("d", 1)).await, answers(200, "new"), "what was refused is not known");
 }
 
+/// A process and those that it has started, killed on drop.
+struct Group(Pid);
+
+impl Drop for Group {
+    fn drop(&mut self) {
+        let _ = kill_process_group(self.0, Signal::KILL);
+    }
+}
+
 /// Starts an example and tries it, if its language is at hand.
 async fn example(program: &str, arguments: &[&str]) {
     let version = if program == "go" { "version" } else { "--version" };
@@ -107,9 +117,11 @@ async fn example(program: &str, arguments: &[&str]) {
         .env("PORT", port.to_string())
         .env("PYTHONDONTWRITEBYTECODE", "1")
         .stderr(Stdio::null())
-        .kill_on_drop(true)
+        // `go run` starts the program that it made, and does not take it along when it is killed.
+        .process_group(0)
         .spawn()
         .expect("it starts");
+    let _group = Group(receiver.id().and_then(|pid| Pid::from_raw(pid.cast_signed())).expect("it runs"));
     let start = Instant::now();
     while TcpStream::connect(("127.0.0.1", port)).await.is_err() {
         assert!(receiver.try_wait().expect("an own child").is_none(), "{program} ended");

@@ -43,11 +43,12 @@ func accept(event string, token int64) string {
 	lock.Lock()
 	defer lock.Unlock()
 	known, ok := seen[event]
-	seen[event] = max(known, token)
 	switch {
 	case !ok:
+		seen[event] = token
 		return "new" // do what the event says, in the transaction that writes its id
 	case token > known:
+		seen[event] = token
 		return "duplicate"
 	default:
 		return "late duplicate"

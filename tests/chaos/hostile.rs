@@ -46,6 +46,38 @@ async fn endless_body(mut stream: TcpStream) {
     while stream.write_all(&[b'a'; 16 * 1_024]).await.is_ok() {}
 }
 
+/// Reads a request's head, and answers with these bytes to its end.
+async fn say(mut stream: TcpStream, answer: &[u8]) {
+    let mut head = [0; 1_024];
+    let _ = stream.read(&mut head).await;
+    let _ = stream.write_all(answer).await;
+    let _ = stream.shutdown().await;
+}
+
+/// Goes on about continuing before it answers.
+async fn many_continues(stream: TcpStream) {
+    let mut answer = b"HTTP/1.1 100 Continue\r\n\r\n".repeat(20);
+    answer.extend_from_slice(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok");
+    say(stream, &answer).await;
+}
+
+/// The protocol of 1996, whose body ends with the connection.
+async fn old_protocol(stream: TcpStream) {
+    say(stream, b"HTTP/1.0 200 Fine\r\n\r\nthank you").await;
+}
+
+/// An answer in no protocol.
+async fn garbage(stream: TcpStream) {
+    say(stream, b"\x15\x03\x01\xff\0zzzz not what you asked for\r\n\r\n").await;
+}
+
+/// Resets the connection once the request is there.
+async fn reset(stream: TcpStream) {
+    let _ = stream.readable().await;
+    // What was not read makes the close a reset.
+    drop(stream);
+}
+
 /// A TLS server whose certificate nobody trusts.
 async fn bad_certificate(stream: TcpStream) {
     let own = rcgen::generate_simple_self_signed(["127.0.0.1".to_owned()]).expect("a certificate");
@@ -76,37 +108,37 @@ async fn thousands_of_hostile_destinations_harm_no_other() {
         ("CONNECT_TIMEOUT", "2s"),
     ]);
     let healthy = Receiver::start(|_| (5 * MS, 200)).await;
-    let (slow, endless, bad) = (
-        serve(slow_headers).await.port(),
-        serve(endless_body).await.port(),
-        serve(bad_certificate).await.port(),
-    );
     let refused = {
         let listener = TcpListener::bind(("127.0.0.1", 0)).await.expect("a port");
         listener.local_addr().expect("bound").port()
     };
+    // Kind, how many, and where to: `%s` stands for the last three bytes of an address.
+    let kinds = [
+        ("slow", 2_000, format!("http://127.%s:{}/", serve(slow_headers).await.port())),
+        ("endless", 100, format!("http://127.%s:{}/", serve(endless_body).await.port())),
+        ("certificate", 20, format!("https://127.0.0.1:{}/", serve(bad_certificate).await.port())),
+        ("continues", 50, format!("http://127.%s:{}/", serve(many_continues).await.port())),
+        ("garbage", 50, format!("http://127.%s:{}/", serve(garbage).await.port())),
+        ("name", 20, "http://host-%s.invalid/".to_owned()),
+        ("old", 50, format!("http://127.%s:{}/", serve(old_protocol).await.port())),
+        ("refused", 300, format!("http://127.%s:{refused}/")),
+        ("reset", 50, format!("http://127.%s:{}/", serve(reset).await.port())),
+        ("tls", 20, format!("https://{}/", healthy.address)),
+    ];
     let mut connection = server.admin().await;
-    sqlx::query(
-        "insert into leasehold.outbox_events (event_id, event_type, destination_url, payload, max_attempts)
-         select kind || n, kind, case kind
-                 when 'slow' then format('http://127.1.%s.%s:%s/', n / 250, 1 + n % 250, $1::int)
-                 when 'endless' then format('http://127.2.0.%s:%s/', 1 + n % 250, $2::int)
-                 when 'certificate' then format('https://127.0.0.1:%s/', $3::int)
-                 when 'refused' then format('http://127.3.0.%s:%s/', 1 + n % 250, $4::int)
-                 when 'name' then format('http://host-%s.invalid/', n)
-                 when 'tls' then format('https://%s/', $5)
-             end, '{}', 2
-         from (values ('slow', 2000), ('endless', 100), ('certificate', 20), ('refused', 300), ('name', 20), ('tls', 20))
-             as kinds (kind, count), generate_series(1, count) n",
-    )
-    .bind(i32::from(slow))
-    .bind(i32::from(endless))
-    .bind(i32::from(bad))
-    .bind(i32::from(refused))
-    .bind(healthy.address.to_string())
-    .execute(&mut connection)
-    .await
-    .expect("an insert");
+    for (kind, count, url) in &kinds {
+        sqlx::query(
+            "insert into leasehold.outbox_events (event_id, event_type, destination_url, payload, max_attempts)
+             select $1 || n, $1, replace($3, '%s', format('1.%s.%s', n / 250, 1 + n % 250)), '{}', 2
+             from generate_series(1, $2) n",
+        )
+        .bind(kind)
+        .bind(count)
+        .bind(url)
+        .execute(&mut connection)
+        .await
+        .expect("an insert");
+    }
     let mut worker = ground.worker("worker", &server.url());
     let leased =
         "select count(*) from leasehold.outbox_events where event_type = 'slow' and lease_owner is not null";
@@ -147,10 +179,14 @@ async fn thousands_of_hostile_destinations_harm_no_other() {
     println!("hostile destinations: at most {most} KiB; {outcomes:?}");
     let expected = [
         ("certificate", "failed", 2, 20, "TLS"),
+        ("continues", "delivered", 1, 50, ""),
         ("endless", "delivered", 1, 100, ""),
+        ("garbage", "failed", 2, 50, "HTTP"),
         ("healthy", "delivered", 1, 200, ""),
         ("name", "failed", 2, 20, "DNS"),
+        ("old", "delivered", 1, 50, ""),
         ("refused", "failed", 2, 300, "refused"),
+        ("reset", "failed", 2, 50, "broke"),
         ("slow", "failed", 2, 2_000, "timed out"),
         ("tls", "failed", 2, 20, "TLS"),
     ];

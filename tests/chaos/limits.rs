@@ -1,17 +1,21 @@
-//! Workers that end in the middle of things: out of memory, or cut off inside a pooler's transaction.
+//! What runs out: a worker's memory, the disk, and the time of a worker that is cut off inside a pooler's transaction.
 
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
 use std::time::{Duration, Instant};
 
-use rustix::process::{Pid, Resource, Rlimit, prlimit};
-use sqlx::PgConnection;
+use rustix::process::{Pid, Resource, Rlimit, Signal, prlimit};
+use sqlx::{Executor, PgConnection};
+use tokio::process::Command;
 use tokio::time::sleep;
 
 use crate::ALONE;
 use crate::bed::memory;
 use crate::common::{MS, PATIENCE, Receiver};
 use crate::ground::Ground;
+use crate::postgres_binaries::server_user;
 use crate::proxy::{Proxy, Upstream, Weather};
-use crate::server::Pooler;
+use crate::server::{Pooler, home};
 
 async fn insert(connection: &mut PgConnection, url: &str, count: i32, bytes: i32) {
     sqlx::query(
@@ -26,10 +30,14 @@ async fn insert(connection: &mut PgConnection, url: &str, count: i32, bytes: i32
     .expect("an insert");
 }
 
+async fn count(connection: &mut PgConnection, query: &'static str) -> i64 {
+    sqlx::query_scalar(query).fetch_one(connection).await.expect("a count")
+}
+
 async fn until(connection: &mut PgConnection, query: &'static str, wanted: impl Fn(i64) -> bool) {
     let start = Instant::now();
     loop {
-        let count: i64 = sqlx::query_scalar(query).fetch_one(&mut *connection).await.expect("a count");
+        let count = count(connection, query).await;
         if wanted(count) {
             return;
         }
@@ -110,4 +118,82 @@ async fn a_transaction_left_open_behind_a_pooler_ends_by_itself() {
         |count| count == 0,
     )
     .await;
+}
+
+/// A file system of its own, as small as this, that goes with the value; none where nothing may be mounted.
+struct SmallDisk(PathBuf);
+
+impl SmallDisk {
+    async fn mount(folder: &Path) -> Option<Self> {
+        let place = home(folder, "small");
+        let (user, group) = server_user().unwrap_or_default();
+        let mut mount = Command::new("mount");
+        mount.args(["-t", "tmpfs", "-o"]).arg(format!("size=24m,uid={user},gid={group}")).arg("none");
+        mount.arg(&place).stderr(Stdio::null());
+        mount.status().await.is_ok_and(|status| status.success()).then_some(Self(place))
+    }
+}
+
+impl Drop for SmallDisk {
+    fn drop(&mut self) {
+        let _ = std::process::Command::new("umount").arg("-l").arg(&self.0).status();
+    }
+}
+
+/// The disk of the table is full when the answers come: no outcome can be written, until there is room again.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_full_disk_stops_work_and_loses_nothing() {
+    const EVENTS: i64 = 400;
+    let _alone = ALONE.lock().await;
+    let (mut ground, mut server) = Ground::new().await;
+    let Some(disk) = SmallDisk::mount(ground.folder.path()).await else {
+        println!("nothing may be mounted on this machine: no disk is filled");
+        return;
+    };
+    // No heartbeat while the disk is filled: what it leaves behind on each page would be room for outcomes.
+    ground.set(&[("MAX_IN_FLIGHT", "1000"), ("MAX_IN_FLIGHT_PER_DESTINATION", "1000"), ("LEASE", "30s")]);
+    let receiver = Receiver::start(|_| (MS, 200)).await;
+    let destination = Proxy::start(Upstream::Tcp(receiver.address)).await;
+    destination.set(Weather::NoAnswers);
+    let url = format!("http://{}/hook", destination.address);
+    let mut connection = server.admin().await;
+    let place = format!("create tablespace small location '{}'", disk.0.display());
+    connection.execute(sqlx::raw_sql(sqlx::AssertSqlSafe(place))).await.expect("a tablespace");
+    connection
+        .execute(
+            "alter table leasehold.outbox_events set (autovacuum_enabled = off);
+             alter table leasehold.outbox_events set tablespace small;
+             create table filler (text text) tablespace small",
+        )
+        .await
+        .expect("a table on the small disk");
+    insert(&mut connection, &url, EVENTS as i32, 10).await;
+    let mut worker = ground.worker("worker", &server.url());
+    receiver.until_seen(EVENTS as usize).await;
+    // By ever smaller pieces, to the last page.
+    for bytes in [1_000_000, 100_000, 7_000] {
+        let fill = "insert into filler select string_agg(gen_random_uuid()::text, '') from generate_series(1, $1 / 36)";
+        let error = loop {
+            if let Err(error) = sqlx::query(fill).bind(bytes).execute(&mut connection).await {
+                break error;
+            }
+        };
+        let code = error.as_database_error().and_then(|error| error.code());
+        assert_eq!(code.as_deref(), Some("53100"), "{error}");
+    }
+    destination.set(Weather::Fair);
+    worker.logs("53100").await;
+    // For a while, in which nothing may be given up.
+    sleep(Duration::from_secs(3)).await;
+    let settled = count(&mut connection, DELIVERED).await;
+    assert!(settled < EVENTS, "all of it was settled on a full disk");
+    connection.execute("drop table filler").await.expect("room");
+    until(&mut connection, DELIVERED, |count| count == EVENTS).await;
+    assert!(worker.child.try_wait().expect("an own child").is_none(), "it ended:\n{}", worker.log());
+    assert_eq!(receiver.seen().len(), EVENTS as usize, "an event was sent again");
+    worker.signal(Signal::TERM);
+    assert_eq!(worker.end().await, Some(0), "{}", worker.log());
+    ground.assert_logs_are_clean();
+    drop(connection);
+    server.crash().await;
 }

@@ -62,6 +62,7 @@ async fn the_network_is_cut() {
         Database(NoAnswers),
         Database(NoQuestions),
         Database(SLOW),
+        Database(Lossy),
         Database(Refuse),
         Database(Garbage),
         Destination(Cut),
@@ -69,6 +70,7 @@ async fn the_network_is_cut() {
         Destination(Refuse),
         Destination(Garbage),
         Destination(SLOW),
+        Destination(Lossy),
     ];
     story("network", 3, Database::Single, 28, FAULTS).await;
 }
@@ -112,6 +114,7 @@ async fn everything_at_once() {
         Database(NoAnswers),
         Database(NoQuestions),
         Database(SLOW),
+        Database(Lossy),
         Database(Refuse),
         Database(Garbage),
         Destination(Cut),
@@ -119,6 +122,7 @@ async fn everything_at_once() {
         Destination(Refuse),
         Destination(Garbage),
         Destination(SLOW),
+        Destination(Lossy),
     ];
     let _alone = ALONE.lock().await;
     let seconds: u64 = from_environment("CHAOS_SECONDS").unwrap_or(35);

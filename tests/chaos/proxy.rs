@@ -21,6 +21,8 @@ pub(crate) enum Weather {
     NoQuestions,
     /// Each piece takes this long.
     Slow(Duration),
+    /// Every fourth piece takes as long as a packet that is lost and sent again.
+    Lossy,
     /// Connections are reset, and new ones too.
     Refuse,
     /// Connections are answered with bytes of no protocol.
@@ -39,7 +41,7 @@ impl Weather {
             Self::Cut => false,
             Self::NoAnswers => way == Way::Questions,
             Self::NoQuestions => way == Way::Answers,
-            Self::Fair | Self::Slow(_) | Self::Refuse | Self::Garbage => true,
+            Self::Fair | Self::Slow(_) | Self::Lossy | Self::Refuse | Self::Garbage => true,
         }
     }
 
@@ -119,13 +121,16 @@ async fn pump(
     way: Way,
 ) {
     let mut piece = vec![0; 16 * 1024];
-    loop {
+    for number in 0_u32.. {
         let read = from.read(&mut piece).await.unwrap_or(0);
         let Ok(now) = weather.wait_for(|weather| weather.passes(way)).await.map(|weather| *weather) else {
             return;
         };
-        if let Weather::Slow(time) = now {
-            sleep(time).await;
+        match now {
+            Weather::Slow(time) => sleep(time).await,
+            // The least time after which Linux sends again.
+            Weather::Lossy if number % 4 == 3 => sleep(Duration::from_millis(200)).await,
+            _ => {}
         }
         if read == 0 || to.write_all(&piece[..read]).await.is_err() {
             return;
