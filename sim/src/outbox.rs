@@ -53,7 +53,7 @@ impl Outbox {
     pub fn picked_by(&self, claim: u32) -> Vec<u32> {
         self.statements
             .get(&claim)
-            .map_or(Vec::new(), |claim| claim.picked.iter().map(|(row, _)| *row).collect())
+            .map_or(Vec::new(), |claim| claim.picked.iter().map(|(_, row)| *row).collect())
     }
 
     /// A statement begins. Answers its number.

@@ -55,8 +55,10 @@ pub(crate) struct Statement {
     pub(crate) rows: Vec<u32>,
     /// A claim: whether it searches for expired leases.
     pub(crate) searched: bool,
-    /// A claim: rows that it takes, and whether on probation.
-    pub(crate) picked: Vec<(u32, bool)>,
+    /// A claim: all that it may take by what was committed when it began, each with its turn, in order.
+    pub(crate) candidates: Vec<(u8, u32)>,
+    /// A claim: what it takes, each with its turn.
+    pub(crate) picked: Vec<(u8, u32)>,
     /// A claim: when it began, how long until the next event was due.
     pub(crate) next_due_in: Option<Duration>,
     /// A claim: when it began, how many events were pending.
@@ -75,6 +77,7 @@ impl Statement {
             epoch: 0,
             rows: Vec::new(),
             searched: false,
+            candidates: Vec::new(),
             picked: Vec::new(),
             next_due_in: None,
             pending: 0,

@@ -34,6 +34,11 @@ pub(crate) struct Meta {
     pub(crate) exists: bool,
 }
 
+/// In this order a claim takes what may be claimed.
+const EXPIRED: u8 = 0;
+const PROBATION: u8 = 1;
+const FRESH: u8 = 2;
+
 /// See the module's documentation.
 #[derive(Debug)]
 pub(crate) struct Store {
@@ -176,7 +181,7 @@ impl Store {
         terms
     }
 
-    /// Picks the rows of a claim: expired leases, events on probation, fresh ones.
+    /// What a claim may take, by what is committed when it begins: expired leases, events on probation, fresh ones.
     fn pick(&mut self, statement: &mut Statement) {
         let Ask::Claim(request) = &statement.ask else { return };
         let early = self.db(statement.began);
@@ -197,7 +202,13 @@ impl Store {
                 next_due = Some(next_due.map_or(due, |next: DbTime| next.min(due)));
             }
             if self.meta[row as usize].exists && self.eligible(row, seen, &terms) {
-                let turn = if probation { 1 } else { 2 * u8::from(!leased) };
+                let turn = if probation {
+                    PROBATION
+                } else if leased {
+                    EXPIRED
+                } else {
+                    FRESH
+                };
                 candidates.push((turn, due, row));
             }
         };
@@ -207,48 +218,89 @@ impl Store {
             self.pending.iter().copied().for_each(&mut consider);
         }
         candidates.sort_unstable();
+        statement.candidates.clear();
+        statement.candidates.extend(candidates.iter().map(|&(turn, _, row)| (turn, row)));
+        self.candidates = candidates;
+        statement.picked = self.choose(request, statement.candidates.iter().copied());
+        statement.next_due_in = next_due.map(|due| due.since(early));
+        statement.pending = self.pending.len();
+    }
+
+    /// What a claim takes of these, in this order: as much as shares, probation and its limit let it.
+    fn choose(
+        &mut self,
+        request: &ClaimRequest,
+        candidates: impl Iterator<Item = (u8, u32)>,
+    ) -> Vec<(u8, u32)> {
         self.rooms.clear();
         for key in &self.keys {
             let room = request.shares.binary_search_by(|(name, _)| name.cmp(key));
             self.rooms.push(room.map_or(request.share, |at| request.shares[at].1));
         }
-        let mut probation = request.probation;
-        for &(turn, _, row) in &candidates {
-            if statement.picked.len() >= request.limit as usize {
+        let (mut chosen, mut probation) = (Vec::new(), request.probation);
+        for (turn, row) in candidates {
+            if chosen.len() >= request.limit as usize {
                 break;
             }
             let room = &mut self.rooms[usize::from(self.meta[row as usize].destination)];
-            let suspect = turn == 1;
+            let suspect = turn == PROBATION;
             if (*room == 0 && self.bug != Some(Bug::ClaimIgnoresShare)) || (suspect && probation == 0) {
                 continue;
             }
             *room = room.saturating_sub(1);
             probation -= u32::from(suspect);
-            statement.picked.push((row, suspect));
+            chosen.push((turn, row));
         }
-        self.candidates = candidates;
-        statement.next_due_in = next_due.map(|due| due.since(early));
-        statement.pending = self.pending.len();
+        chosen
     }
 
-    /// Locks what a claim picked and nobody has locked. What changed since is seen as it is now: it stays locked, but
-    /// is claimed only if it still may be. Nothing else is taken in its place.
+    /// Locks what a claim takes and nobody has locked. Fresh events are locked as they are found, so that others come in
+    /// the place of those that are locked or have changed: the front of the queue, whatever becomes of it, and what is
+    /// taken behind it. Leases and events on probation were ranked before: nothing comes in their place. What has
+    /// changed stays locked.
     fn lock_picked(&mut self, id: u32, statement: &mut Statement) {
         let Ask::Claim(request) = &statement.ask else { return };
         let seen = self.seen(statement.began);
         let terms = self.terms(request, statement.searched);
-        let rows = &mut statement.rows;
-        statement.picked.retain(|&(row, suspect)| {
-            let meta = &mut self.meta[row as usize];
-            if meta.lock != Lock::Free || !meta.exists {
-                return false;
+        let mut candidates = std::mem::take(&mut statement.picked);
+        candidates.retain(|(turn, _)| *turn < FRESH);
+        let mut front = request.limit;
+        for &(turn, row) in &statement.candidates {
+            if turn != FRESH || !self.is_free(row) {
+                continue;
             }
-            if self.bug != Some(Bug::DoubleClaim) {
-                meta.lock = Lock::Statement(id);
+            if front > 0 {
+                statement.rows.push(row);
             }
-            rows.push(row);
+            let state = &self.rows[row as usize];
+            let fresh = state.lease.is_none() && !state.on_probation();
+            if fresh && self.eligible(row, seen, &terms) {
+                front = front.saturating_sub(1);
+                candidates.push((turn, row));
+            }
+        }
+        let mut picked = self.choose(request, candidates.into_iter());
+        picked.retain(|(_, row)| self.is_free(*row));
+        for (_, row) in &picked {
+            if !statement.rows.contains(row) {
+                statement.rows.push(*row);
+            }
+        }
+        if self.bug != Some(Bug::DoubleClaim) {
+            for row in &statement.rows {
+                self.meta[*row as usize].lock = Lock::Statement(id);
+            }
+        }
+        picked.retain(|&(turn, row)| {
+            let suspect = turn == PROBATION;
             self.eligible(row, seen, &terms) && (suspect || !self.rows[row as usize].on_probation())
         });
+        statement.picked = picked;
+    }
+
+    fn is_free(&self, row: u32) -> bool {
+        let meta = &self.meta[row as usize];
+        meta.lock == Lock::Free && meta.exists
     }
 
     /// Whether the statement would be refused for good: it settles a cursed row.
@@ -340,7 +392,7 @@ impl Store {
         let Statement { worker, call, began, locked, .. } = *statement;
         let mut grants = Vec::with_capacity(statement.rows.len());
         let mut failed = Vec::new();
-        for &(event, _) in &statement.picked {
+        for &(_, event) in &statement.picked {
             self.remember(now, event);
             let answer = self.claim_row(event, clock, &request.owner, &terms);
             let row = &self.rows[event as usize];

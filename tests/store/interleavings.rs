@@ -312,10 +312,11 @@ fn answers(reply: &Reply) -> &[(LeaseKey, Answer)] {
     }
 }
 
-const EVERYTHING: [&str; 20] = [
+const EVERYTHING: [&str; 21] = [
     "a claim skipped what an open claim had locked",
     "a claim skipped what an outside session had locked",
     "a claim skipped what an open renewal or settle had locked",
+    "a claim took another row in the place of one that was locked",
     "a renewal skipped a locked row",
     "a settle skipped a locked row",
     "a renewal waited for a reclaim that committed: refused",
@@ -448,8 +449,13 @@ impl Pair<'_, '_> {
         running.at = if ready { At::BeforeCommit } else { At::Waiting };
         let (began, commits) = running.began;
         running.met.overtaken = commits < self.commits && began < self.real.bed.now();
-        running.met.changed = self.sim.picked_by(running.id).len() < locked.len();
+        let taken = self.sim.picked_by(running.id);
+        running.met.changed = locked.iter().any(|row| !taken.contains(row));
+        let instead = taken.iter().any(|row| !locked.contains(row));
         self.sessions[session] = Some(running);
+        if instead {
+            self.saw("a claim took another row in the place of one that was locked");
+        }
     }
 
     fn go_on(&mut self, next: Option<u32>, after: (&'static str, bool)) {

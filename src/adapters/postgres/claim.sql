@@ -61,8 +61,9 @@ probation as materialized (
     order by next_attempt_at, id
     limit $9
 ),
--- The front of the queue, whoever it is for. To leave out the rows of full destinations here would be to read all of
--- their backlog at every claim: they count towards the limit, and what they displace is reached further below.
+-- The front of the queue, whoever it is for, without what others have locked: claims that meet there take a part each.
+-- To leave out the rows of full destinations here would be to read all of their backlog at every claim: they count
+-- towards the limit, and what they displace is reached further below.
 fresh as materialized (
     select id, destination_key, next_attempt_at, pg_column_size(payload) as stored, 2 as turn, false as probation
     from leasehold.outbox_events
@@ -70,6 +71,7 @@ fresh as materialized (
         and next_attempt_at <= leasehold.early_now()
     order by next_attempt_at, id
     limit $8
+    for no key update skip locked
 ),
 found as materialized (
     select * from expired union all select * from probation union all select * from fresh
@@ -143,6 +145,7 @@ more as materialized (
             and id <> all (array(select first_picked.id from first_picked))
         order by outbox_events.destination_key, next_attempt_at, id
         limit greatest(coalesce(room, $10) - coalesce(taken.events, 0), 0)
+        for no key update skip locked
     ) as event
     where destinations.destination_key is not null
     limit (select events from missing)
@@ -155,8 +158,8 @@ picked as materialized (
         select id, next_attempt_at, stored, 3, false from more
     ) as candidate
 ),
--- What is locked already is left out; what changed since is seen as it is now. No payload goes through the steps: only
--- its size, as text.
+-- Leases and events on probation had to be ranked before they could be locked. What others have locked is left out;
+-- what changed since is seen as it is now. No payload goes through the steps: only its size, as text.
 locked as materialized (
     select event.id, event.attempts, event.max_attempts, event.next_attempt_at, event.reclaims,
         event.lease_owner is not null as reclaimed, octet_length(event.payload::text) as bytes
