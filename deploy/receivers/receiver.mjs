@@ -24,11 +24,15 @@ function accept(event, token) {
 }
 
 createServer(async (request, response) => {
-  const pieces = [];
-  for await (const piece of request) pieces.push(piece);
-  if (isSigned(request.headers, Buffer.concat(pieces))) {
-    response.end(accept(request.headers["webhook-id"], BigInt(request.headers["webhook-lease-token"])));
-  } else {
-    response.writeHead(401).end("bad signature");
+  try {
+    const pieces = [];
+    for await (const piece of request) pieces.push(piece);
+    if (isSigned(request.headers, Buffer.concat(pieces))) {
+      response.end(accept(request.headers["webhook-id"], BigInt(request.headers["webhook-lease-token"])));
+    } else {
+      response.writeHead(401).end("bad signature");
+    }
+  } catch {
+    response.destroy(); // the request was broken off, as a worker does that loses its lease: it comes again
   }
 }).listen(Number(process.env.PORT), "127.0.0.1");

@@ -36,10 +36,10 @@ pub(crate) struct Story {
     pub(crate) seed: u64,
     pub(crate) database: Database,
     pub(crate) workers: usize,
-    /// How many events are written in this time, evenly.
+    /// How many events are written in this time, evenly, and in the same measure until all faults are done.
     pub(crate) events: u32,
     pub(crate) span: Duration,
-    /// Each is done as often as it is listed here, and all over again while the time lasts.
+    /// Each is done as often as it is listed here, however long that takes, and all over again while the time lasts.
     pub(crate) faults: &'static [Fault],
 }
 
@@ -66,7 +66,6 @@ pub(crate) struct Bed {
     pub(crate) server: Server,
     pub(crate) standby: Option<Server>,
     pub(crate) replication: Option<Proxy>,
-    pub(crate) synchronous: bool,
     pub(crate) pooler: Option<Pooler>,
     pub(crate) receivers: Vec<Receiver>,
     pub(crate) destinations: Vec<Proxy>,
@@ -94,7 +93,7 @@ fn manner(receiver: usize, seen: &Seen) -> (Duration, u16) {
     let time = |least: u64, most: u64| Duration::from_millis(least + draw % (most - least));
     match receiver {
         0 => (time(1, 20), 200),
-        1 if draw.is_multiple_of(20) => (LEASE + time(500, 1_500), 200),
+        1 if draw.is_multiple_of(20) => (LEASE + time(500, 4_500), 200),
         2 if u64::from(seen.attempt) <= draw % 3 => {
             (time(1, 100), [500, 503, 302, HANG_UP][draw as usize / 3 % 4])
         }
@@ -118,7 +117,6 @@ impl Bed {
             server,
             standby: None,
             replication: None,
-            synchronous: story.database == Database::Pair { synchronous: true },
             pooler: None,
             receivers: Vec::new(),
             destinations: Vec::new(),
@@ -147,6 +145,7 @@ impl Bed {
         let standby = Server::start_standby(self.ground.folder.path(), "second", replication.address).await;
         if synchronous {
             self.server.set("alter system set synchronous_standby_names = '*'").await;
+            standby.until_synchronous(&self.server).await;
         }
         (self.replication, self.standby) = (Some(replication), Some(standby));
     }
@@ -189,6 +188,32 @@ impl Bed {
         self.disturbances.push(disturbance);
     }
 
+    /// Writes events, now that no fault is left, until every worker has taken some. Returns how many there are then.
+    async fn until_all_work(&self, mut events: u32, urls: &[String]) -> u32 {
+        let mut connection = self.server.admin().await;
+        let (start, since) = (Instant::now(), micros_now());
+        loop {
+            insert(&mut connection, urls, events, events + 20, 0.0).await.expect("an insert");
+            events += 20;
+            let owners: Vec<String> = sqlx::query_scalar(
+                "select distinct owner from chaos.history
+                 where owner is not null and at > to_timestamp($1::float8 / 1000000)",
+            )
+            .bind(since as f64)
+            .fetch_all(&mut connection)
+            .await
+            .expect("the history");
+            let idle = |slot: &&Slot| {
+                let name = format!("{}-", slot.name());
+                !owners.iter().any(|owner| owner.starts_with(&name))
+            };
+            let Some(idle) = self.slots.iter().find(idle) else { return events };
+            let log = idle.worker.log();
+            assert!(start.elapsed() < PATIENCE, "{} takes nothing any more:\n{log}", idle.name());
+            sleep(50 * MS).await;
+        }
+    }
+
     fn nobody_ended(&mut self) {
         for slot in &mut self.slots {
             let ended = slot.worker.child.try_wait().expect("an own child");
@@ -197,19 +222,33 @@ impl Bed {
     }
 }
 
-/// Writes events as an application does, again until each batch is confirmed.
-async fn produce(
-    mut server: watch::Receiver<String>,
-    urls: Vec<String>,
-    events: u32,
-    span: Duration,
-    due_over: Duration,
-) {
+/// Writes the events of these numbers, due so many seconds apart, unless they are there.
+async fn insert(
+    connection: &mut sqlx::PgConnection,
+    urls: &[String],
+    from: u32,
+    until: u32,
+    apart: f64,
+) -> Result<(), sqlx::Error> {
+    let insert = sqlx::query(
+        "insert into leasehold.outbox_events
+             (event_id, event_type, destination_url, payload, max_attempts, next_attempt_at)
+         select 'e' || n, 'test.happened', ($1::text[])[1 + n % cardinality($1)],
+             jsonb_build_object('number', n), 10000, now() + n * $4 * interval '1 second'
+         from generate_series($2::int, $3::int - 1) n
+         on conflict (event_id) do nothing",
+    );
+    insert.bind(urls).bind(from as i32).bind(until as i32).bind(apart).execute(connection).await.map(drop)
+}
+
+/// Writes so many events a second, as an application does: again until each batch is confirmed. Returns how many.
+async fn produce(mut server: watch::Receiver<String>, urls: Vec<String>, rate: f64) -> u32 {
     let start = Instant::now();
-    let (mut connection, mut written) = (None, 0);
-    while written < events {
-        let due = (f64::from(events) * start.elapsed().as_secs_f64() / span.as_secs_f64().max(0.001)) as u32;
-        let until = due.min(events).min(written + 2_000);
+    let (mut connection, mut written, mut confirmed) = (None, 0, true);
+    // Until the other side is dropped.
+    while server.has_changed().is_ok() || !confirmed {
+        let due = (rate * start.elapsed().as_secs_f64()) as u32;
+        let until = due.min(written + 2_000);
         if until == written {
             sleep(20 * MS).await;
             continue;
@@ -222,21 +261,15 @@ async fn produce(
             sleep(20 * MS).await;
             continue;
         };
-        let insert = sqlx::query(
-            "insert into leasehold.outbox_events
-                 (event_id, event_type, destination_url, payload, max_attempts, next_attempt_at)
-             select 'e' || n, 'test.happened', ($1::text[])[1 + n % cardinality($1)],
-                 jsonb_build_object('number', n), 10000, now() + n * $4 * interval '1 second'
-             from generate_series($2::int, $3::int - 1) n
-             on conflict (event_id) do nothing",
-        );
-        let apart = due_over.as_secs_f64() / f64::from(events);
-        let insert = insert.bind(&urls).bind(written as i32).bind(until as i32).bind(apart).execute(open);
-        match tokio::time::timeout(Duration::from_secs(10), insert).await {
-            Ok(Ok(_)) => written = until,
-            _ => connection = None,
+        let insert = tokio::time::timeout(Duration::from_secs(10), insert(open, &urls, written, until, 0.0));
+        confirmed = matches!(insert.await, Ok(Ok(())));
+        if confirmed {
+            written = until;
+        } else {
+            connection = None;
         }
     }
+    written
 }
 
 /// How long this process was held up, moment by moment: a machine that starves the judge starves the workers.
@@ -264,7 +297,16 @@ impl Stalls {
     /// Microseconds lost between two moments.
     pub(crate) fn between(&self, begin: i64, end: i64) -> i64 {
         let stalls = self.0.lock().expect("no panic");
-        stalls.iter().filter(|(at, _)| (begin..=end + 1_000_000).contains(at)).map(|(_, lost)| lost).sum()
+        let until = end.saturating_add(1_000_000);
+        stalls.iter().filter(|(at, _)| (begin..=until).contains(at)).map(|(_, lost)| lost).sum()
+    }
+
+    /// The most microseconds lost at once between two moments.
+    pub(crate) fn longest(&self, begin: i64, end: i64) -> i64 {
+        let stalls = self.0.lock().expect("no panic");
+        let until = end.saturating_add(1_000_000);
+        let within = stalls.iter().filter(|(at, _)| (begin..=until).contains(at));
+        within.map(|(_, lost)| *lost).max().unwrap_or(0)
     }
 }
 
@@ -279,31 +321,28 @@ pub(crate) fn memory(worker: &Worker, field: &str) -> Option<u64> {
 pub(crate) async fn play(story: Story) -> Verdict {
     let (anchor, stalls) = ((Instant::now(), micros_now()), Stalls::watch());
     let mut bed = Bed::new(&story).await;
-    let urls = bed.destinations.iter().map(|proxy| format!("http://{}/hook", proxy.address)).collect();
+    let urls: Vec<String> =
+        bed.destinations.iter().map(|proxy| format!("http://{}/hook", proxy.address)).collect();
     let (primary, following) = watch::channel(bed.server.url());
     let pair = matches!(story.database, Database::Pair { .. });
-    let mut producer = tokio::spawn(produce(
-        following,
-        urls,
-        story.events,
-        // What is lost of an asynchronous pair must not be events: they are there before, and due one after the other.
-        if pair { Duration::ZERO } else { story.span },
-        if pair { story.span } else { Duration::ZERO },
-    ));
+    let span = story.span.as_secs_f64();
+    let rate = if pair { 0.0 } else { f64::from(story.events) / span };
+    let producer = tokio::spawn(produce(following, urls.clone(), rate));
     if pair {
-        (&mut producer).await.expect("no panic");
+        // What is lost of an asynchronous pair must not be events: they are there before, and due one after the other.
+        let apart = span / f64::from(story.events);
+        let mut connection = bed.server.admin().await;
+        insert(&mut connection, &urls, 0, story.events, apart).await.expect("an insert");
         bed.standby.as_ref().expect("a pair").until_it_has(story.events).await;
         // The workers have found the primary behind a standby and a name without an address.
         bed.receivers[0].until_seen(20).await;
     }
     let start = Instant::now();
     let mut samples = Memory::default();
-    let mut plan = Vec::new();
-    while start.elapsed() < story.span {
+    let (mut plan, mut all_done) = (story.faults.to_vec(), false);
+    // There is one standby to be promoted.
+    while !all_done || (start.elapsed() < story.span && !pair) {
         if plan.is_empty() {
-            if pair && bed.standby.is_none() {
-                break;
-            }
             plan = story.faults.to_vec();
         }
         let pause = bed.rng.between(200, 1_200);
@@ -313,14 +352,13 @@ pub(crate) async fn play(story: Story) -> Verdict {
         primary.send_replace(bed.server.url());
         bed.nobody_ended();
         samples.0.extend(memory(&bed.slots[0].worker, "VmRSS:"));
-    }
-    if !pair {
-        tokio::time::timeout(story.span + PATIENCE, producer)
-            .await
-            .expect("all is written")
-            .expect("no panic");
+        all_done |= plan.is_empty();
     }
     let produced = micros_now();
+    drop(primary);
+    let written = tokio::time::timeout(PATIENCE, producer).await.expect("all is written").expect("no panic");
+    let written = if pair { story.events } else { written };
+    let events = bed.until_all_work(written, &urls).await;
     until_done(&bed).await;
     bed.nobody_ended();
     for slot in &bed.slots {
@@ -330,12 +368,15 @@ pub(crate) async fn play(story: Story) -> Verdict {
         assert_eq!(slot.worker.end().await, Some(0), "{} drains:\n{}", slot.name(), slot.worker.log());
     }
     bed.ground.assert_logs_are_clean();
-    let requests = bed.receivers.iter().flat_map(Receiver::seen).collect();
+    let requests = bed.receivers.iter().enumerate();
+    let requests =
+        requests.flat_map(|(number, receiver)| receiver.seen().into_iter().map(move |seen| (number, seen)));
+    let requests = requests.collect();
     let lossy = story.database == Database::Pair { synchronous: false };
     let disturbances = std::mem::take(&mut bed.disturbances);
     let mut connection = bed.server.admin().await;
     let verdict = crate::judge::judge(crate::judge::Evidence {
-        events: story.events,
+        events,
         requests,
         disturbances,
         lossy,

@@ -6,7 +6,7 @@ use rustix::process::{Pid, Resource, Rlimit, Signal, prlimit};
 use sqlx::{Connection, Executor};
 use tokio::time::sleep;
 
-use crate::bed::{Bed, LEASE, micros_now};
+use crate::bed::{Bed, LEASE, STORE_TIMEOUT, micros_now};
 use crate::common::MS;
 use crate::proxy::Weather;
 
@@ -24,6 +24,12 @@ pub(crate) enum Fault {
     Descriptors,
     /// Immediate shutdown of the server.
     Crash,
+    /// A worker is cut off, its server crashes and comes back, and only then the worker's packets pass again.
+    CutOverCrash,
+    /// A worker is stopped, and the server crashes and comes back in the meantime.
+    PauseOverCrash,
+    /// A worker is killed while commits hang.
+    KillAmidHungCommits,
     /// `pg_terminate_backend` on every session, thrice.
     Terminate,
     /// Every write is refused.
@@ -50,37 +56,57 @@ pub(crate) struct Disturbance {
     pub(crate) fault: Fault,
     /// The worker, if it was done to one alone.
     pub(crate) worker: Option<String>,
+    /// The destination, if it was done to one.
+    pub(crate) destination: Option<usize>,
     pub(crate) begin: i64,
     pub(crate) end: i64,
 }
 
 impl Fault {
-    /// Whether all workers lose the database, so that work has to resume when it is back.
+    /// Whether the database is away for whomever it is done to, so that work has to resume when it is back.
     pub(crate) fn is_outage(self) -> bool {
-        matches!(
-            self,
+        match self {
             Self::Crash
-                | Self::Terminate
-                | Self::ReadOnly
-                | Self::LockTable
-                | Self::HangCommits
-                | Self::PoolerCrash
-                | Self::Failover
-        )
+            | Self::CutOverCrash
+            | Self::PauseOverCrash
+            | Self::KillAmidHungCommits
+            | Self::Terminate
+            | Self::ReadOnly
+            | Self::LockTable
+            | Self::HangCommits
+            | Self::PoolerCrash
+            | Self::Failover => true,
+            Self::Database(weather) => !weather.passes_all(),
+            _ => false,
+        }
     }
 
-    /// Whether a lease may run out for it, or a confirmed answer stay unsettled.
+    /// Whether a lease may run out for it. Sessions that end are replaced long before.
     pub(crate) fn touches_leases(self) -> bool {
-        !matches!(self, Self::Destination(_))
+        !matches!(self, Self::Destination(_) | Self::Terminate)
     }
 
-    /// Whether two requests for one event may be open at once for it (rule P12).
+    /// Whether a request may be repeated for it: it was broken off, or its answer did not arrive, or was not settled.
+    pub(crate) fn may_repeat(self) -> bool {
+        self.touches_leases() || matches!(self, Self::Destination(_))
+    }
+
+    /// Whether two requests for one event may be open at once for it (rule P12), or seem so: a receiver that is cut off
+    /// learns late that the worker has closed the connection.
     pub(crate) fn may_overlap(self, commits_were_lost: bool) -> bool {
         match self {
-            Self::Pause | Self::Starve | Self::Destination(_) => true,
+            Self::Pause | Self::PauseOverCrash => true,
+            Self::Destination(weather) => {
+                matches!(weather, Weather::Cut | Weather::NoQuestions | Weather::Slow(_) | Weather::Lossy)
+            }
             Self::Failover => commits_were_lost,
             _ => false,
         }
+    }
+
+    /// Whether it stops a worker, which ends its requests as soon as it goes on.
+    pub(crate) fn stops(self) -> bool {
+        matches!(self, Self::Pause | Self::PauseOverCrash)
     }
 }
 
@@ -89,11 +115,11 @@ impl Bed {
     pub(crate) async fn inflict(&mut self, fault: Fault) {
         let begin = micros_now();
         let slot = 1 + self.rng.below(self.slots.len() as u64 - 1) as usize;
-        let mut worker = Some(self.slots[slot].name());
+        let (mut worker, mut destination) = (Some(self.slots[slot].name()), None);
         match fault {
             Fault::Kill => {
                 self.slots[slot].worker.child.kill().await.expect("SIGKILL");
-                self.disturbed(Disturbance { fault, worker, begin, end: micros_now() });
+                self.disturbed(Disturbance { fault, worker, destination, begin, end: micros_now() });
                 let pause = self.rng.between(0, 800);
                 sleep(pause).await;
                 return self.replace(slot);
@@ -118,7 +144,7 @@ impl Bed {
                 self.slots[slot].worker.signal(Signal::TERM);
                 let code = self.slots[slot].worker.end().await;
                 assert_eq!(code, Some(0), "a drain in time:\n{}", self.slots[slot].worker.log());
-                self.disturbed(Disturbance { fault, worker, begin, end: micros_now() });
+                self.disturbed(Disturbance { fault, worker, destination, begin, end: micros_now() });
                 return self.replace(slot);
             }
             Fault::Descriptors => {
@@ -140,6 +166,33 @@ impl Bed {
                 let time = self.rng.between(0, 2_500);
                 sleep(time).await;
                 self.server.start().await;
+            }
+            Fault::CutOverCrash => {
+                worker = None;
+                self.slots[slot].databases.iter().for_each(|proxy| proxy.set(Weather::Cut));
+                self.server.crash().await;
+                self.server.start().await;
+                let time = self.rng.short_or_long();
+                sleep(time).await;
+                self.slots[slot].databases.iter().for_each(|proxy| proxy.set(Weather::Fair));
+            }
+            Fault::PauseOverCrash => {
+                worker = None;
+                self.slots[slot].worker.signal(Signal::STOP);
+                self.server.crash().await;
+                self.server.start().await;
+                sleep(LEASE).await;
+                self.slots[slot].worker.signal(Signal::CONT);
+            }
+            Fault::KillAmidHungCommits => {
+                worker = None;
+                self.server.set("alter system set synchronous_standby_names = 'absent'").await;
+                sleep(STORE_TIMEOUT).await;
+                self.slots[slot].worker.child.kill().await.expect("SIGKILL");
+                self.replace(slot);
+                let time = self.rng.between(0, 1_500);
+                sleep(time).await;
+                self.server.set("alter system reset synchronous_standby_names").await;
             }
             Fault::Terminate => {
                 worker = None;
@@ -188,15 +241,15 @@ impl Bed {
                 let proxies: Vec<_> =
                     self.slots[slots].iter().flat_map(|slot| slot.databases.clone()).collect();
                 proxies.iter().for_each(|proxy| proxy.set(weather));
-                let time = self.rng.between(300, 5_000);
+                let time = self.rng.short_or_long();
                 sleep(time).await;
                 proxies.iter().for_each(|proxy| proxy.set(Weather::Fair));
             }
             Fault::Destination(weather) => {
-                worker = None;
                 let proxy = self.rng.below(self.destinations.len() as u64) as usize;
+                (worker, destination) = (None, Some(proxy));
                 self.destinations[proxy].set(weather);
-                let time = self.rng.between(300, 5_000);
+                let time = self.rng.short_or_long();
                 sleep(time).await;
                 self.destinations[proxy].set(Weather::Fair);
             }
@@ -213,7 +266,7 @@ impl Bed {
                 self.fail_over().await;
             }
         }
-        self.disturbed(Disturbance { fault, worker, begin, end: micros_now() });
+        self.disturbed(Disturbance { fault, worker, destination, begin, end: micros_now() });
     }
 
     /// Runs a statement that locks, and keeps its transaction open.
@@ -228,11 +281,9 @@ impl Bed {
 
     async fn fail_over(&mut self) {
         let mut standby = self.standby.take().expect("there is one");
-        if !self.synchronous {
-            // Commits go on and are confirmed, and the standby never hears of them.
-            self.replication.as_ref().expect("there is one").set(Weather::Cut);
-            sleep(Duration::from_millis(700)).await;
-        }
+        // The standby hears of no more commits: they go on and are confirmed, or hang, if replication is synchronous.
+        self.replication.as_ref().expect("there is one").set(Weather::Cut);
+        sleep(Duration::from_millis(700)).await;
         self.server.crash().await;
         standby.promote().await;
         std::mem::swap(&mut self.server, &mut standby);
@@ -266,6 +317,11 @@ impl Rng {
 
     pub(crate) fn below(&mut self, bound: u64) -> u64 {
         self.bits() % bound
+    }
+
+    /// A time well below the lease, or one beyond it.
+    fn short_or_long(&mut self) -> Duration {
+        if self.below(2) == 0 { self.between(300, 1_000) } else { LEASE + self.between(100, 1_200) }
     }
 
     /// A time within two bounds in milliseconds.

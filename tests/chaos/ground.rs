@@ -1,7 +1,11 @@
 //! What every chaos test stands on: a folder, a migrated server of its own, settings, and workers' logs.
 
 use std::collections::BTreeMap;
+use std::time::Duration;
 
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+
+use crate::bed::{FENCE_MARGIN, GRACE, LEASE, POLL, STORE_TIMEOUT};
 use crate::common::{SECRET, Worker, leasehold, start_worker};
 use crate::server::Server;
 
@@ -10,8 +14,20 @@ pub(crate) struct Ground {
     settings: BTreeMap<String, String>,
 }
 
+/// The receivers and proxies are in this process.
+fn allow_many_files() {
+    let limit = getrlimit(Resource::Nofile);
+    setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit })
+        .expect("a limit up to the hard one");
+}
+
+fn millis(time: Duration) -> String {
+    format!("{}ms", time.as_millis())
+}
+
 impl Ground {
     pub(crate) async fn new() -> (Self, Server) {
+        allow_many_files();
         let folder = tempfile::tempdir().expect("a folder");
         let server = Server::start_new(folder.path(), "first").await;
         let mut ground = Self { folder, settings: BTreeMap::new() };
@@ -19,11 +35,11 @@ impl Ground {
             ("SIGNING_SECRETS", SECRET),
             ("ALLOW_DESTINATIONS", "127.0.0.0/8"),
             ("ALLOW_HTTP", "true"),
-            ("LEASE", "3s"),
-            ("FENCE_MARGIN", "300ms"),
-            ("RECLAIM_GRACE", "300ms"),
-            ("STORE_TIMEOUT", "500ms"),
-            ("POLL_INTERVAL", "250ms"),
+            ("LEASE", &millis(LEASE)),
+            ("FENCE_MARGIN", &millis(FENCE_MARGIN)),
+            ("RECLAIM_GRACE", &millis(GRACE)),
+            ("STORE_TIMEOUT", &millis(STORE_TIMEOUT)),
+            ("POLL_INTERVAL", &millis(POLL)),
             ("RETRY_INITIAL", "100ms"),
             ("RETRY_MAX", "1s"),
         ]);

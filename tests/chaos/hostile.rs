@@ -21,8 +21,10 @@ async fn serve<F: Future<Output = ()> + Send + 'static>(each: fn(TcpStream) -> F
     let listener = TcpListener::bind(("0.0.0.0", 0)).await.expect("a port");
     let address = listener.local_addr().expect("bound");
     tokio::spawn(async move {
-        while let Ok((stream, _)) = listener.accept().await {
-            tokio::spawn(each(stream));
+        loop {
+            if let Ok((stream, _)) = listener.accept().await {
+                tokio::spawn(each(stream));
+            }
         }
     });
     address
@@ -156,7 +158,7 @@ async fn thousands_of_hostile_destinations_harm_no_other() {
     .await
     .expect("an insert");
     let mut most = 0;
-    let outcomes: Vec<(String, String, i32, i64, String)> = loop {
+    let outcomes: Vec<(String, String, i32, Option<String>)> = loop {
         most = most.max(memory(&worker, "VmRSS:").expect("it runs"));
         let pending: i64 = sqlx::query_scalar(
             "select count(*) from leasehold.outbox_events where delivery_status = 'pending'",
@@ -166,8 +168,7 @@ async fn thousands_of_hostile_destinations_harm_no_other() {
         .expect("a count");
         if pending == 0 {
             break sqlx::query_as(
-                "select event_type, delivery_status, attempts, count(*), min(coalesce(last_error, ''))
-                 from leasehold.outbox_events group by 1, 2, 3 order by 1",
+                "select event_type, delivery_status, attempts, last_error from leasehold.outbox_events",
             )
             .fetch_all(&mut connection)
             .await
@@ -176,27 +177,25 @@ async fn thousands_of_hostile_destinations_harm_no_other() {
         assert!(start.elapsed() < PATIENCE, "{pending} events are still pending");
         sleep(50 * MS).await;
     };
-    println!("hostile destinations: at most {most} KiB; {outcomes:?}");
+    println!("hostile destinations: at most {most} KiB");
     let expected = [
-        ("certificate", "failed", 2, 20, "TLS"),
-        ("continues", "delivered", 1, 50, ""),
-        ("endless", "delivered", 1, 100, ""),
-        ("garbage", "failed", 2, 50, "HTTP"),
-        ("healthy", "delivered", 1, 200, ""),
-        ("name", "failed", 2, 20, "DNS"),
-        ("old", "delivered", 1, 50, ""),
-        ("refused", "failed", 2, 300, "refused"),
-        ("reset", "failed", 2, 50, "broke"),
-        ("slow", "failed", 2, 2_000, "timed out"),
-        ("tls", "failed", 2, 20, "TLS"),
+        ("certificate", 20, "failed", 2, "TLS"),
+        ("continues", 50, "delivered", 1, ""),
+        ("endless", 100, "delivered", 1, ""),
+        ("garbage", 50, "failed", 2, "did not answer in HTTP"),
+        ("healthy", 200, "delivered", 1, ""),
+        ("name", 20, "failed", 2, ".invalid"),
+        ("old", 50, "delivered", 1, ""),
+        ("refused", 300, "failed", 2, "refused"),
+        ("reset", 50, "failed", 2, "broke"),
+        ("slow", 2_000, "failed", 2, "timed out"),
+        ("tls", 20, "failed", 2, "TLS"),
     ];
-    assert_eq!(outcomes.len(), expected.len(), "{outcomes:?}");
-    for ((kind, status, attempts, count, error), expected) in outcomes.iter().zip(expected) {
-        assert_eq!(
-            (kind.as_str(), status.as_str(), *attempts, *count),
-            (expected.0, expected.1, expected.2, expected.3)
-        );
-        assert!(error.to_lowercase().contains(&expected.4.to_lowercase()), "{kind}: {error:?}");
+    assert_eq!(outcomes.len(), expected.iter().map(|(_, count, ..)| count).sum::<usize>());
+    for (kind, status, attempts, error) in &outcomes {
+        let wanted = expected.iter().find(|(expected, ..)| expected == kind).expect("a kind");
+        assert_eq!((status.as_str(), *attempts), (wanted.2, wanted.3), "{kind}: {error:?}");
+        assert!(error.as_deref().unwrap_or("").contains(wanted.4), "{kind}: {error:?}");
     }
     // The healthy destination got each event once, and none waited for the slow ones.
     let seen = healthy.seen();

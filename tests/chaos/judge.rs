@@ -13,7 +13,8 @@ use crate::faults::{Disturbance, Fault};
 /// What the judge is shown.
 pub(crate) struct Evidence<'a> {
     pub(crate) events: u32,
-    pub(crate) requests: Vec<Seen>,
+    /// Each with the number of its receiver.
+    pub(crate) requests: Vec<(usize, Seen)>,
     pub(crate) disturbances: Vec<Disturbance>,
     /// Whether a failover may have lost confirmed commits.
     pub(crate) lossy: bool,
@@ -51,7 +52,8 @@ pub(crate) struct Verdict {
     /// Pairs of requests for one event open at once, of workers that were stopped or cut off from the destination.
     pub(crate) overlaps: usize,
     pub(crate) takeovers: usize,
-    /// The longest that a takeover came after lease and grace while the database was there, in microseconds.
+    /// The longest that a takeover came after lease and grace, or after the embargo that follows an outage, in
+    /// microseconds.
     pub(crate) latest_takeover: i64,
     /// The longest until work went on after an outage, in microseconds.
     pub(crate) latest_resume: i64,
@@ -107,6 +109,7 @@ impl fmt::Display for Verdict {
 
 /// A request by the wall clock.
 struct Request {
+    destination: usize,
     owner: Option<String>,
     token: i64,
     opened: i64,
@@ -124,6 +127,8 @@ const fn micros(time: std::time::Duration) -> i64 {
     time.as_micros() as i64
 }
 
+const LEASE_MICROS: i64 = micros(LEASE);
+
 /// How long a settle or a heartbeat may take on a machine that is busy, a failed try included.
 const SETTLES_WITHIN: i64 = 2 * micros(STORE_TIMEOUT);
 
@@ -132,7 +137,7 @@ pub(crate) async fn judge(evidence: Evidence<'_>) -> Verdict {
         verdict: Verdict {
             events: evidence.events,
             requests: evidence.requests.len(),
-            starved: evidence.stalls.between(i64::MIN, i64::MAX - 1_000_000),
+            starved: evidence.stalls.between(i64::MIN, i64::MAX),
             memory: evidence.memory,
             ..Verdict::default()
         },
@@ -148,9 +153,10 @@ pub(crate) async fn judge(evidence: Evidence<'_>) -> Verdict {
     let mut events: BTreeMap<String, Vec<Request>> = BTreeMap::new();
     let (instant, wall) = evidence.anchor;
     let micros_of = |at: Instant| wall + micros(at.duration_since(instant));
-    for seen in evidence.requests {
+    for (destination, seen) in evidence.requests {
         let owner = owners.get(&(seen.event.clone(), seen.token)).cloned();
         events.entry(seen.event).or_default().push(Request {
+            destination,
             owner,
             token: seen.token,
             opened: micros_of(seen.opened),
@@ -191,19 +197,25 @@ impl Judge {
         self.verdict.wrong.push(text);
     }
 
-    /// A disturbance of a worker within a span of time, that is of this kind; or a machine that starved it (S2).
-    fn disturbed(&self, owner: Option<&str>, begin: i64, end: i64, kind: impl Fn(Fault) -> bool) -> bool {
-        let slack = self.stalls.between(begin, end);
-        if slack > micros(FENCE_MARGIN) {
+    /// A disturbance of a worker within a span of time, that is such; or a machine that starved it (S2).
+    fn disturbed(
+        &self,
+        owner: Option<&str>,
+        begin: i64,
+        end: i64,
+        such: impl Fn(&Disturbance) -> bool,
+    ) -> bool {
+        if self.stalls.longest(begin, end) > micros(FENCE_MARGIN) {
             return true;
         }
+        let slack = self.stalls.between(begin, end);
         self.disturbances.iter().any(|disturbance| {
             let concerns = match (&disturbance.worker, owner) {
                 (Some(worker), Some(owner)) => worker == owner,
                 _ => true,
             };
             concerns
-                && kind(disturbance.fault)
+                && such(disturbance)
                 && disturbance.begin <= end.saturating_add(slack)
                 && disturbance.end >= begin - slack
         })
@@ -239,6 +251,11 @@ impl Judge {
         self.disturbances.iter().any(|disturbance| spends(disturbance.fault))
     }
 
+    /// How long a worker that goes on may take to end its requests.
+    fn ends_within(&self, at: i64) -> i64 {
+        micros(FENCE_MARGIN) + self.stalls.between(at, at + micros(FENCE_MARGIN))
+    }
+
     /// The requests of one event, in the order of their arrival.
     fn requests(&mut self, event: &str, requests: &[Request]) {
         for (index, request) in requests.iter().enumerate() {
@@ -250,19 +267,25 @@ impl Judge {
             }
             let Some(next) = requests.get(index + 1) else { break };
             let owner = request.owner.as_deref();
+            let elsewhere =
+                |one: &Disturbance| one.destination.is_some_and(|number| number != request.destination);
+            let may_overlap = |one: &Disturbance| one.fault.may_overlap(self.lossy) && !elsewhere(one);
             if next.token <= request.token
-                && !self.disturbed(owner, request.opened, next.opened, |fault| fault.may_overlap(self.lossy))
-                && !self.disturbed(next.owner.as_deref(), request.opened, next.opened, |fault| {
-                    fault.may_overlap(self.lossy)
-                })
+                && !self.disturbed(owner, request.opened, next.opened, may_overlap)
+                && !self.disturbed(next.owner.as_deref(), request.opened, next.opened, may_overlap)
             {
-                self.wrong(format!("{event} was sent under token {} and then {}", request.token, next.token));
+                let text = format!("{event} was sent under token {} and then {}", request.token, next.token);
+                self.verdict.wrong.push(text);
             }
             for later in requests[index + 1..].iter().take_while(|later| later.opened < request.closed) {
-                self.verdict.overlaps += 1;
-                let may_overlap = |fault: Fault| fault.may_overlap(self.lossy);
                 let end = request.closed.min(later.closed);
-                if !self.disturbed(owner, request.opened, end, may_overlap) {
+                // Who was stopped ends its request when it goes on.
+                let ends =
+                    |one: &Disturbance| !one.fault.stops() || end < one.end + self.ends_within(one.end);
+                let excused = |one: &Disturbance| may_overlap(one) && ends(one);
+                if self.disturbed(owner, request.opened, end, excused) {
+                    self.verdict.overlaps += 1;
+                } else {
                     let text = format!(
                         "{event} had two requests open at once: {owner:?} under {} and {:?} under {}, for {} ms",
                         request.token,
@@ -270,7 +293,7 @@ impl Judge {
                         later.token,
                         (end - later.opened) / 1_000
                     );
-                    self.wrong(text);
+                    self.verdict.wrong.push(text);
                 }
             }
             // A refusal explains the next request; so does nothing but a fault for the rest.
@@ -283,7 +306,8 @@ impl Judge {
                 self.verdict.broken_off += 1;
             }
             let end = request.closed.min(next.opened).saturating_add(SETTLES_WITHIN);
-            if !self.disturbed(owner, request.opened - SETTLES_WITHIN, end, |_| true) {
+            let explains = |one: &Disturbance| one.fault.may_repeat() && !elsewhere(one);
+            if !self.disturbed(owner, request.opened - SETTLES_WITHIN, end, explains) {
                 let text = format!(
                     "{event} was sent again without a fault: {owner:?} under {} was answered {:?} after {} ms, {:?} came \
                      {} ms later",
@@ -328,23 +352,21 @@ impl Judge {
                 ));
             }
             let held_since = until - micros(LEASE) - SETTLES_WITHIN;
-            if !self.disturbed(Some(owner), held_since, until, Fault::touches_leases) {
+            if !self.disturbed(Some(owner), held_since, until, |one| one.fault.touches_leases()) {
                 self.wrong(format!("the lease of {event} ran out although {owner} was healthy"));
             }
             // A database that is away, and the embargo after that, hold up every worker.
-            let before = at - 3 * micros(LEASE);
-            let held_up = self.disturbances.iter().any(|disturbance| {
-                disturbance.worker.is_none()
-                    && disturbance.fault.touches_leases()
-                    && disturbance.begin <= at
-                    && disturbance.end >= before
+            let held_up = self.disturbances.iter().filter(|one| {
+                one.worker.is_none()
+                    && one.fault.touches_leases()
+                    && one.begin <= at
+                    && one.end >= until - LEASE_MICROS
             });
-            if !held_up {
-                let late = at - until - grace;
-                self.verdict.latest_takeover = self.verdict.latest_takeover.max(late);
-                if late > search + 1_000_000 + self.stalls.between(until, at) {
-                    self.wrong(format!("{event} of {owner} was taken {} ms late", late / 1_000));
-                }
+            let free = held_up.map(|one| one.end + LEASE_MICROS).fold(until + grace, i64::max);
+            let late = at - free;
+            self.verdict.latest_takeover = self.verdict.latest_takeover.max(late);
+            if late > search + 1_000_000 + self.stalls.between(free, at) {
+                self.wrong(format!("{event} of {owner} was taken {} ms late", late / 1_000));
             }
         }
     }
@@ -354,10 +376,12 @@ impl Judge {
         let outages: Vec<Disturbance> = self
             .disturbances
             .iter()
-            .filter(|one| one.fault.is_outage() && one.end < produced)
+            .filter(|one| one.worker.is_none() && one.fault.is_outage() && one.end < produced)
             .cloned()
             .collect();
-        for outage in outages {
+        for (number, outage) in outages.iter().enumerate() {
+            // The next one may come before work could go on.
+            let next = outages.get(number + 1).map_or(i64::MAX, |next| next.begin);
             let first: Option<i64> = sqlx::query_scalar(
                 "select (extract(epoch from min(at)) * 1000000)::bigint from chaos.history
                  where at > to_timestamp($1::float8 / 1000000)",
@@ -366,7 +390,7 @@ impl Judge {
             .fetch_one(&mut *connection)
             .await
             .expect("the history");
-            let after = first.unwrap_or(i64::MAX) - outage.end;
+            let after = first.unwrap_or(i64::MAX).min(next) - outage.end;
             self.verdict.latest_resume = self.verdict.latest_resume.max(after);
             if after > micros(POLL) + 1_000_000 + self.stalls.between(outage.end, outage.end + 1_000_000) {
                 self.wrong(format!("work went on only {} ms after {:?}", after / 1_000, outage.fault));

@@ -41,17 +41,35 @@ async fn story(name: &str, seed: u64, database: Database, seconds: u64, faults: 
     verdict
 }
 
+/// Sessions that end cost nothing: no lease runs out and nothing is sent twice.
+#[tokio::test(flavor = "multi_thread")]
+async fn sessions_that_end_are_replaced() {
+    let verdict = story("sessions", 8, Database::Single, 6, &[Terminate]).await;
+    assert_eq!((verdict.takeovers, verdict.duplicates, verdict.broken_off), (0, 0, 0));
+}
+
 const SLOW: proxy::Weather = Slow(Duration::from_millis(60));
 
 #[tokio::test(flavor = "multi_thread")]
 async fn workers_are_killed_stopped_and_restarted() {
-    const FAULTS: &[Fault] = &[Kill, Kill, Pause, Restart, Kill, Starve, Descriptors];
-    story("workers", 1, Database::Single, 22, FAULTS).await;
+    const FAULTS: &[Fault] = &[Kill, Pause, Kill, Restart, Pause, Starve, Descriptors];
+    let verdict = story("workers", 1, Database::Single, 22, FAULTS).await;
+    assert!(verdict.takeovers > 0, "nothing was taken over: the kills showed nothing");
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_database_crashes_hangs_and_refuses() {
-    const FAULTS: &[Fault] = &[Crash, Terminate, ReadOnly, HoldRows, LockTable, HangCommits];
+    const FAULTS: &[Fault] = &[
+        Crash,
+        Terminate,
+        ReadOnly,
+        HoldRows,
+        LockTable,
+        HangCommits,
+        CutOverCrash,
+        PauseOverCrash,
+        KillAmidHungCommits,
+    ];
     story("database", 2, Database::Single, 22, FAULTS).await;
 }
 
@@ -110,6 +128,9 @@ async fn everything_at_once() {
         HoldRows,
         LockTable,
         HangCommits,
+        CutOverCrash,
+        PauseOverCrash,
+        KillAmidHungCommits,
         Database(Cut),
         Database(NoAnswers),
         Database(NoQuestions),

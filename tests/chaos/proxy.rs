@@ -23,7 +23,7 @@ pub(crate) enum Weather {
     Slow(Duration),
     /// Every fourth piece takes as long as a packet that is lost and sent again.
     Lossy,
-    /// Connections are reset, and new ones too.
+    /// Connections are closed, and new ones too.
     Refuse,
     /// Connections are answered with bytes of no protocol.
     Garbage,
@@ -43,6 +43,11 @@ impl Weather {
             Self::NoQuestions => way == Way::Answers,
             Self::Fair | Self::Slow(_) | Self::Lossy | Self::Refuse | Self::Garbage => true,
         }
+    }
+
+    /// Whether all that is sent arrives, if late.
+    pub(crate) fn passes_all(self) -> bool {
+        self.passes(Way::Questions) && self.passes(Way::Answers) && !self.breaks()
     }
 
     fn breaks(self) -> bool {
@@ -80,8 +85,11 @@ impl Proxy {
         let address = listener.local_addr().expect("bound");
         let (weather, watching) = watch::channel(Weather::Fair);
         tokio::spawn(async move {
-            while let Ok((client, _)) = listener.accept().await {
-                tokio::spawn(carry(client, upstream.clone(), watching.clone()));
+            loop {
+                // An error is of one connection, or there are too many for the moment.
+                if let Ok((client, _)) = listener.accept().await {
+                    tokio::spawn(carry(client, upstream.clone(), watching.clone()));
+                }
             }
         });
         Self { address, weather }

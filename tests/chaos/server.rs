@@ -108,6 +108,19 @@ impl Server {
         }
     }
 
+    /// Waits until a primary's commits wait for this standby.
+    pub(crate) async fn until_synchronous(&self, primary: &Self) {
+        let mut connection = primary.admin().await;
+        let start = Instant::now();
+        let synchronous = "select count(*) from pg_stat_replication where sync_state = 'sync'";
+        while sqlx::query_scalar::<_, i64>(synchronous).fetch_one(&mut connection).await.expect("a count")
+            == 0
+        {
+            assert!(start.elapsed() < PATIENCE, "the standby is not synchronous:\n{}", self.log());
+            sleep(20 * MS).await;
+        }
+    }
+
     pub(crate) async fn promote(&self) {
         self.run("select pg_promote()").await;
     }

@@ -63,7 +63,9 @@ impl Receiver {
         let receiver = Self { address: listener.local_addr().expect("bound"), seen: Arc::default() };
         let (accepting, manner) = (receiver.clone(), Arc::new(manner) as Manner);
         tokio::spawn(async move {
-            while let Ok((stream, _)) = listener.accept().await {
+            loop {
+                // An error is of one connection, or there are too many for the moment.
+                let Ok((stream, _)) = listener.accept().await else { continue };
                 let (receiver, manner) = (accepting.clone(), Arc::clone(&manner));
                 tokio::spawn(async move {
                     let service =
