@@ -215,12 +215,13 @@ impl<O: Outbox, G: Gateway, C: Clock, W: Observer> Running<O, G, C, W> {
         let message = self.events.0.get(&key).cloned();
         let (gateway, clock) = (Arc::clone(&self.driver.gateway), Arc::clone(&self.driver.clock));
         self.attempts.spawn(async move {
-            // The world may have stopped since the machine decided (rule P4).
-            let Some(message) = message.filter(|_| clock.now() < start_before) else { return (key, None) };
+            let Some(message) = message else { return (key, None) };
+            // The world may have stopped since the machine decided, and connecting takes its time (rule P4).
+            let may_start = || clock.now() < start_before;
             let known = OnceLock::new();
             let result = tokio::select! {
                 biased;
-                result = gateway.send(Attempt { key, number, timestamp, message }, &known) => Some(result),
+                result = gateway.send(Attempt { key, number, timestamp, message }, may_start, &known) => result,
                 _ = aborted => None,
             };
             // The request is closed by now; what it brought before the abort stands.

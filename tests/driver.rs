@@ -147,8 +147,16 @@ impl Drop for CountDrop {
 }
 
 impl Gateway for FakeGateway {
-    async fn send(&self, attempt: Attempt, known: &OnceLock<AttemptResult>) -> AttemptResult {
+    async fn send(
+        &self,
+        attempt: Attempt,
+        may_start: impl Fn() -> bool + Send + Sync,
+        known: &OnceLock<AttemptResult>,
+    ) -> Option<AttemptResult> {
         assert!(!self.panics, "the gateway breaks");
+        if !may_start() {
+            return None;
+        }
         self.attempts.lock().expect("no panic").push(attempt);
         let mut guard = CountDrop(Some(Arc::clone(&self.dropped)));
         let answer = AttemptResult::Responded { status: 200, retry_after: None };
@@ -157,7 +165,7 @@ impl Gateway for FakeGateway {
         }
         tokio::time::sleep(self.takes).await;
         guard.0 = None;
-        answer
+        Some(answer)
     }
 }
 

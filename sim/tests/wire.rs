@@ -4,8 +4,10 @@
 #![allow(clippy::expect_used, reason = "a test")]
 
 use sim::bugs::Bug;
+use sim::schedule::Case;
 use sim::search::{Plan, search};
 use sim::{Options, Tier, generate, profile_of, run};
+use sim_oracle::Invariant;
 
 const OPTIONS: fn() -> Options = || Options { tier: Tier::Wire, ..Options::default() };
 
@@ -23,6 +25,18 @@ fn no_seed_breaks_an_invariant() {
     let found: Vec<String> = report.found.iter().map(sim::search::Found::line).collect();
     assert!(found.is_empty(), "{}", found.join("\n"));
     assert!(report.searched * 10 >= report.seeds * 9, "{} seeds tested the promise", report.searched);
+}
+
+#[test]
+fn schedules_that_once_failed_hold() {
+    let text = include_str!("../corpus/wire/the-fence-comes-while-connecting.json");
+    let Case { bug, schedule, .. } = serde_json::from_str(text).expect("a case");
+    let violation = run(&schedule, OPTIONS()).violation;
+    assert!(violation.is_none(), "{violation:?}");
+    // With the mistake back in its place it breaks the same promise.
+    let bug = Bug::ALL.iter().copied().find(|known| Some(known.name()) == bug.as_deref());
+    let again = run(&schedule, Options { bug, ..OPTIONS() }).violation.map(|found| found.invariant);
+    assert_eq!(again, Some(Invariant::S3));
 }
 
 fn hashes(seeds: u64) -> Vec<String> {

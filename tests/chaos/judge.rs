@@ -129,6 +129,9 @@ const fn micros(time: std::time::Duration) -> i64 {
 
 const LEASE_MICROS: i64 = micros(LEASE);
 
+/// How long it may take until work goes on after an outage.
+const RESUMES_WITHIN: i64 = micros(POLL) + 1_000_000;
+
 /// How long a settle or a heartbeat may take on a machine that is busy, a failed try included.
 const SETTLES_WITHIN: i64 = 2 * micros(STORE_TIMEOUT);
 
@@ -307,7 +310,10 @@ impl Judge {
             }
             let end = request.closed.min(next.opened).saturating_add(SETTLES_WITHIN);
             let explains = |one: &Disturbance| one.fault.may_repeat() && !elsewhere(one);
-            if !self.disturbed(owner, request.opened - SETTLES_WITHIN, end, explains) {
+            // Who lost the lease may have lost it to a fault that was over when the request began.
+            let taken = next.owner.as_deref() != owner;
+            let begin = request.opened - if taken { LEASE_MICROS } else { 0 } - SETTLES_WITHIN;
+            if !self.disturbed(owner, begin, end, explains) {
                 let text = format!(
                     "{event} was sent again without a fault: {owner:?} under {} was answered {:?} after {} ms, {:?} came \
                      {} ms later",
@@ -362,7 +368,8 @@ impl Judge {
                     && one.begin <= at
                     && one.end >= until - LEASE_MICROS
             });
-            let free = held_up.map(|one| one.end + LEASE_MICROS).fold(until + grace, i64::max);
+            let free =
+                held_up.map(|one| one.end + RESUMES_WITHIN + LEASE_MICROS).fold(until + grace, i64::max);
             let late = at - free;
             self.verdict.latest_takeover = self.verdict.latest_takeover.max(late);
             if late > search + 1_000_000 + self.stalls.between(free, at) {
@@ -392,7 +399,7 @@ impl Judge {
             .expect("the history");
             let after = first.unwrap_or(i64::MAX).min(next) - outage.end;
             self.verdict.latest_resume = self.verdict.latest_resume.max(after);
-            if after > micros(POLL) + 1_000_000 + self.stalls.between(outage.end, outage.end + 1_000_000) {
+            if after > RESUMES_WITHIN + self.stalls.between(outage.end, outage.end + 1_000_000) {
                 self.wrong(format!("work went on only {} ms after {:?}", after / 1_000, outage.fault));
             }
         }

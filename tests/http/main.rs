@@ -67,7 +67,7 @@ trait SendAlone {
 
 impl SendAlone for HttpGateway {
     async fn send_alone(&self, attempt: Attempt) -> AttemptResult {
-        self.send(attempt, &OnceLock::new()).await
+        self.send(attempt, || true, &OnceLock::new()).await.expect("it may start")
     }
 }
 
@@ -655,11 +655,21 @@ async fn the_status_is_known_while_the_body_still_drips() {
     })
     .await;
     let (gateway, known) = (gateway(local()), OnceLock::new());
-    let mut sending = Box::pin(gateway.send(attempt(server.url("/")), &known));
+    let mut sending = Box::pin(gateway.send(attempt(server.url("/")), || true, &known));
     tokio::select! {
         result = &mut sending => panic!("the body has not ended: {result:?}"),
         () = async { while known.get().is_none() { tokio::task::yield_now().await } } => {}
     }
     drop(sending);
     assert_eq!(known.into_inner(), Some(responded(200)));
+}
+
+#[tokio::test]
+async fn nothing_is_sent_once_it_is_too_late_to_start() {
+    let server = Server::answering(|_| OK.into()).await;
+    let gateway = gateway(local());
+    let late = gateway.send(attempt(server.url("/")), || false, &OnceLock::new()).await;
+    assert_eq!(late, None);
+    assert_eq!(gateway.send_alone(attempt(server.url("/second"))).await, responded(200));
+    assert_eq!((server.requests(), server.request().line.as_str()), (1, "POST /second HTTP/1.1"));
 }

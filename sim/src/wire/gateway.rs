@@ -37,6 +37,8 @@ struct Exchange {
     key: LeaseKey,
     number: u32,
     opened: AtomicBool,
+    /// It was too late to start.
+    late: AtomicBool,
     end: OnceLock<End>,
 }
 
@@ -162,7 +164,12 @@ fn result(end: End) -> AttemptResult {
 }
 
 impl Sender {
-    async fn exchange(&self, attempt: Attempt, known: &OnceLock<AttemptResult>) -> AttemptResult {
+    async fn exchange(
+        &self,
+        attempt: Attempt,
+        may_start: impl Fn() -> bool + Send + Sync,
+        known: &OnceLock<AttemptResult>,
+    ) -> Option<AttemptResult> {
         effect(&self.hub, self.worker).await;
         let Attempt { key, number, timestamp, message } = attempt;
         let event = key.row.0 as u32;
@@ -172,9 +179,15 @@ impl Sender {
             // No answer: an outcome that is settled first would take the event off probation.
             (if hub.kills[event as usize] > 0 { Manner::Hang } else { manner }, hub.bug)
         };
-        let (hub, opened) = (Arc::clone(&self.hub), AtomicBool::new(false));
-        let exchange =
-            Arc::new(Exchange { hub, worker: self.worker, key, number, opened, end: OnceLock::new() });
+        let exchange = Arc::new(Exchange {
+            hub: Arc::clone(&self.hub),
+            worker: self.worker,
+            key,
+            number,
+            opened: AtomicBool::new(false),
+            late: AtomicBool::new(false),
+            end: OnceLock::new(),
+        });
         let mut end = End::Undeliverable;
         if manner != Manner::Undeliverable {
             let request = Request::post(&message.destination_url)
@@ -189,11 +202,15 @@ impl Sender {
             #[allow(clippy::expect_used, reason = "the simulated rows have nothing odd in them")]
             let request = request.expect("a request");
             let abort = Abort(&exchange);
-            let _ = timeout(self.request_timeout, respond(&exchange, request.clone(), known)).await;
+            let _ =
+                timeout(self.request_timeout, respond(&exchange, request.clone(), &may_start, known)).await;
             if bug == Some(Bug::SendTwice) && exchange.end.get().is_none() {
                 exchange.over(End::Error);
                 exchange.opened.store(false, Ordering::Relaxed);
-                let _ = timeout(self.request_timeout, respond(&exchange, request, known)).await;
+                let _ = timeout(self.request_timeout, respond(&exchange, request, &may_start, known)).await;
+            }
+            if exchange.late.load(Ordering::Relaxed) {
+                return None;
             }
             // It may have been stopped at its first byte.
             future::poll_fn(|context| match lock(&self.hub).gated(self.worker, context) {
@@ -206,10 +223,10 @@ impl Sender {
         }
         exchange.over(end);
         self.maybe_die().await;
-        match end {
+        Some(match end {
             End::Error if bug == Some(Bug::AcceptedIsSuccess) => result(End::Status(200, None)),
             end => result(end),
-        }
+        })
     }
 
     /// The worker may die of an answer.
@@ -232,6 +249,7 @@ impl Sender {
 async fn respond(
     exchange: &Arc<Exchange>,
     request: Request<Full<Bytes>>,
+    may_start: &(impl Fn() -> bool + Sync),
     known: &OnceLock<AttemptResult>,
 ) -> Option<()> {
     let port = request.uri().port_u16()?;
@@ -239,6 +257,11 @@ async fn respond(
     let socket = TokioIo::new(Socket { stream, exchange: Arc::clone(exchange) });
     let (mut sender, connection) = http1::handshake(socket).await.ok()?;
     let mut connection = pin!(connection);
+    if !may_start() && lock(&exchange.hub).bug != Some(Bug::StartUnchecked) {
+        exchange.late.store(true, Ordering::Relaxed);
+        return None;
+    }
+    exchange.fact(|worker, event, token| Fact::StartAllowed { worker, event, token });
     let mut exchange = pin!(async {
         let response = sender.send_request(request).await.ok()?;
         let end = parse(&response);
@@ -256,10 +279,12 @@ async fn respond(
 }
 
 impl Gateway for Sender {
-    async fn send(&self, attempt: Attempt, known: &OnceLock<AttemptResult>) -> AttemptResult {
-        let (worker, event, token) = (self.worker, attempt.key.row.0 as u32, attempt.key.token.0);
-        // The driver calls this right after its look at the clock.
-        lock(&self.hub).emit_of(worker, Fact::StartAllowed { worker, event, token });
-        Gated::new(&self.hub, worker, self.exchange(attempt, known)).await
+    async fn send(
+        &self,
+        attempt: Attempt,
+        may_start: impl Fn() -> bool + Send + Sync,
+        known: &OnceLock<AttemptResult>,
+    ) -> Option<AttemptResult> {
+        Gated::new(&self.hub, self.worker, self.exchange(attempt, may_start, known)).await
     }
 }

@@ -197,8 +197,9 @@ impl HttpGateway {
     async fn attempt(
         &self,
         attempt: Attempt,
+        may_start: impl Fn() -> bool,
         known: &OnceLock<AttemptResult>,
-    ) -> Result<AttemptResult, Failure> {
+    ) -> Result<Option<AttemptResult>, Failure> {
         let destination: Destination = attempt
             .message
             .destination_url
@@ -224,7 +225,10 @@ impl HttpGateway {
             Some(connection) => connection,
             None => self.connect(&destination, &authority, &connect).await?,
         };
-        self.exchange(connection, request, &whole, &authority, origin, known).await
+        if !may_start() {
+            return Ok(None);
+        }
+        self.exchange(connection, request, &whole, &authority, origin, known).await.map(Some)
     }
 
     /// The request, signed, with the headers that README lists.
@@ -360,8 +364,14 @@ impl Gateway for HttpGateway {
     /// Returns once the status is known and the body was read or given up (at most a second later). Whether it returns
     /// or is dropped, no request of it is open afterwards: dropping closes the socket, with a reset, before the drop
     /// returns. A task that runs it has to be aborted *and awaited* to know that it was dropped.
-    async fn send(&self, attempt: Attempt, known: &OnceLock<AttemptResult>) -> AttemptResult {
-        self.attempt(attempt, known).await.unwrap_or_else(|failure| classify(Err(failure)))
+    async fn send(
+        &self,
+        attempt: Attempt,
+        may_start: impl Fn() -> bool + Send + Sync,
+        known: &OnceLock<AttemptResult>,
+    ) -> Option<AttemptResult> {
+        let result = self.attempt(attempt, may_start, known).await;
+        result.unwrap_or_else(|failure| Some(classify(Err(failure))))
     }
 }
 
