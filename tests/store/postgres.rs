@@ -454,6 +454,8 @@ fn no_index_names_what_a_heartbeat_writes() {
 }
 
 const CLAIM: &str = include_str!("../../src/adapters/postgres/claim.sql");
+const RENEW: &str = include_str!("../../src/adapters/postgres/renew.sql");
+const SETTLE: &str = include_str!("../../src/adapters/postgres/settle.sql");
 
 fn claim_query(
     bed: &Pg,
@@ -529,6 +531,64 @@ async fn explain_claim(bed: &Pg, limit: u32, share: u32, full: &str) -> Value {
     let row = sqlx::raw_sql(AssertSqlSafe(execute)).fetch_one(&mut *connection).await.unwrap();
     let plan: Value = serde_json::from_str(&row.try_get_unchecked::<String, _>(0).unwrap()).expect("JSON");
     plan[0]["Plan"].clone()
+}
+
+/// The most rows that a node of a plan produced or threw away, over all of its turns.
+fn most_rows(node: &Value) -> f64 {
+    let number = |name: &str| node[name].as_f64().unwrap_or(0.0);
+    let own =
+        (number("Actual Rows") + number("Rows Removed by Join Filter") + number("Rows Removed by Filter"))
+            * number("Actual Loops");
+    let children = node["Plans"].as_array().into_iter().flatten().map(most_rows);
+    children.fold(own, f64::max)
+}
+
+/// A renewal and a settle of many rows look at each a few times, not at each for each.
+#[test]
+fn heartbeats_and_settles_are_linear() {
+    const ROWS: i64 = 500;
+    on_postgres(async |bed: &Pg| {
+        // More than are asked for, and known to the statistics.
+        bed.run(
+            "insert into leasehold.outbox_events
+                 (event_type, destination_url, payload, lease_owner, lease_token, lease_until)
+             select 'test', 'https://a.example', '{}', 'w', 1, now() from generate_series(1, 20000);
+             analyze leasehold.outbox_events",
+        )
+        .await
+        .unwrap();
+        let ids: Vec<String> = (1..=ROWS).map(|id| id.to_string()).collect();
+        let many = |text: &str| format!("'{{{}}}'", vec![text; ROWS as usize].join(","));
+        let ids = format!("'{{{}}}'", ids.join(","));
+        let renew = RENEW.replace("/* skip locked */", "skip locked");
+        let calls = [
+            ("text, bigint[], bigint[], bigint", renew.as_str(), format!("{ids}, {}, 60000000", many("1"))),
+            (
+                "text, bigint[], bigint[], text[], bigint[], text[], int[]",
+                SETTLE,
+                format!(
+                    "{ids}, {}, {}, {}, {}, {}",
+                    many("1"),
+                    many("delivered"),
+                    many("null"),
+                    many("null"),
+                    many("200")
+                ),
+            ),
+        ];
+        let mut connection = bed.pool.acquire().await.unwrap();
+        for (types, sql, values) in calls {
+            let plans = PLANS.map(|(name, value)| format!("set {name} = {value};")).concat();
+            let prepare = format!("deallocate all; {plans} prepare call ({types}) as {sql}");
+            sqlx::raw_sql(AssertSqlSafe(prepare)).execute(&mut *connection).await.unwrap();
+            let explain = format!("explain (analyze, format json) execute call ('w', {values})");
+            let row = sqlx::raw_sql(AssertSqlSafe(explain)).fetch_one(&mut *connection).await.unwrap();
+            let plan: Value =
+                serde_json::from_str(&row.try_get_unchecked::<String, _>(0).unwrap()).expect("JSON");
+            let most = most_rows(&plan[0]["Plan"]);
+            assert!(most >= ROWS as f64 && most <= 2.0 * ROWS as f64, "{most} rows for {ROWS}: {plan:#}");
+        }
+    });
 }
 
 /// How many rows of the outbox a plan's node read, to keep or to throw away.

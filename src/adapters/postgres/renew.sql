@@ -2,18 +2,18 @@
 with asked as materialized (
     select id, token from unnest($2::bigint[], $3::bigint[]) as asked (id, token)
 ),
+-- One probe of the index for each row: a join with what is locked would be planned for a few rows, and be quadratic.
 locked as materialized (
-    select event.id, event.lease_token, event.lease_owner
-    from leasehold.outbox_events as event
-    where event.id = any ($2)
+    select event.id, event.lease_token, event.lease_owner, asked.token
+    from asked join leasehold.outbox_events as event on event.id = asked.id
     order by event.id
-    for no key update /* skip locked */
+    for no key update of event /* skip locked */
 ),
 renewed as (
     update leasehold.outbox_events as event
     set lease_until = greatest(event.lease_until, leasehold.late_now() + $4 * interval '1 microsecond')
-    from locked join asked on asked.id = locked.id
-    where event.id = locked.id and locked.lease_token = asked.token and locked.lease_owner = $1
+    from locked
+    where event.id = locked.id and locked.lease_token = locked.token and locked.lease_owner = $1
     returning event.id, event.lease_token
 )
 select
@@ -28,6 +28,6 @@ select
         else 'refused'
     end as answer
 from asked
-left join locked on locked.id = asked.id
+left join locked on locked.id = asked.id and locked.token = asked.token
 -- A row may be asked for under two tokens.
 left join renewed on renewed.id = asked.id and renewed.lease_token = asked.token

@@ -1,10 +1,10 @@
-//! Answers `/ok` at once and `/hang` never, and remembers when each event came first.
+//! Answers `/ok` at once, `/minute` after one and `/hang` never, and remembers when each event came first.
 
 use std::collections::HashMap;
 use std::convert::Infallible;
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use bytes::Bytes;
 use http_body_util::{BodyExt as _, Empty};
@@ -37,17 +37,25 @@ impl Receiver {
         std::mem::take(&mut self.arrivals.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
+    fn note(&self, event: &str, at: i64) {
+        let mut arrivals = self.arrivals.lock().unwrap_or_else(PoisonError::into_inner);
+        arrivals.requests += 1;
+        arrivals.first.entry(event.to_owned()).or_insert(at);
+    }
+
     async fn answer(self, request: Request<Incoming>) -> Result<Response<Empty<Bytes>>, Infallible> {
         let at = now();
         let (head, body) = request.into_parts();
         if head.uri.path() == "/hang" {
             return std::future::pending().await;
         }
+        let minute = head.uri.path() == "/minute";
         let _ = body.collect().await; // a worker that was killed
         let event = head.headers.get("webhook-id").and_then(|id| id.to_str().ok()).unwrap_or_default();
-        let mut arrivals = self.arrivals.lock().unwrap_or_else(PoisonError::into_inner);
-        arrivals.requests += 1;
-        arrivals.first.entry(event.to_owned()).or_insert(at);
+        self.note(event, at);
+        if minute {
+            tokio::time::sleep(Duration::from_secs(60)).await;
+        }
         Ok(Response::new(Empty::new()))
     }
 }

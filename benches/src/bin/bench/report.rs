@@ -16,7 +16,9 @@ fn cell(value: f64) -> String {
 }
 
 pub(crate) fn table(rows: &[(String, Figures)], reps: u32) -> String {
-    let mut out = format!("Medians of {reps}. Of the idle worker, CPU and statements are by the second.\n\n");
+    let mut out = format!(
+        "Medians of {reps}. Of the idle worker and of leases held, CPU and statements are by the second.\n\n"
+    );
     out.push_str("| | deliveries/s | p50 ms | p99 ms | worker CPU s/1,000 | Postgres CPU s/1,000 | MiB | statements each |\n");
     out.push_str("|---|---|---|---|---|---|---|---|\n");
     for (name, figures) in rows {

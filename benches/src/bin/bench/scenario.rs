@@ -25,6 +25,10 @@ enum Work {
     Trickle { per_second: u32, seconds: u32 },
     /// Nothing comes.
     Idle { seconds: u32 },
+    /// That many requests are open at once, for six times as long as a lease.
+    Open { requests: u32 },
+    /// That many leases are held and renewed, while nothing is delivered.
+    Held { leases: u32, seconds: u32 },
 }
 
 pub(crate) fn all(events: u32) -> Vec<Scenario> {
@@ -40,6 +44,10 @@ pub(crate) fn all(events: u32) -> Vec<Scenario> {
     let trickle = Work::Trickle { per_second: 200, seconds: 10 };
     all.push(Scenario { name: "200 events/s, defaults".into(), workers: 1, work: trickle });
     all.push(Scenario { name: "idle, defaults".into(), workers: 1, work: Work::Idle { seconds: 20 } });
+    let open = Work::Open { requests: 10_000 };
+    all.push(Scenario { name: "10,000 requests open for 60 s".into(), workers: 1, work: open });
+    let held = Work::Held { leases: 100_000, seconds: 60 };
+    all.push(Scenario { name: "100,000 leases held".into(), workers: 1, work: held });
     all
 }
 
@@ -50,6 +58,25 @@ const INSERT: &str = "
     insert into leasehold.outbox_events (event_id, event_type, destination_url, payload)
     select id, 'bench.event', $2, jsonb_build_object('id', id, 'pad', repeat('x', 448), 'type', 'bench.event')
     from unnest($1::text[]) as id";
+
+/// Of the requests that stay open.
+const OPEN: [(&str, &str); 5] = [
+    ("LEASEHOLD_MAX_IN_FLIGHT", "10000"),
+    ("LEASEHOLD_MAX_IN_FLIGHT_PER_DESTINATION", "10000"),
+    ("LEASEHOLD_MAX_LEASED", "20000"),
+    ("LEASEHOLD_LEASE", "10s"),
+    ("LEASEHOLD_REQUEST_TIMEOUT", "2m"),
+];
+
+/// Of the leases that are held: behind a few requests that never end.
+const HELD: [(&str, &str); 6] = [
+    ("LEASEHOLD_LEASE", "30s"),
+    ("LEASEHOLD_MAX_IN_FLIGHT", "64"),
+    ("LEASEHOLD_MAX_IN_FLIGHT_PER_DESTINATION", "50000"),
+    ("LEASEHOLD_MAX_LEASED", "100000"),
+    ("LEASEHOLD_CLAIM_BATCH", "1000"),
+    ("LEASEHOLD_REQUEST_TIMEOUT", "10m"),
+];
 
 fn leasehold(url: &str, arguments: &[&str]) -> anyhow::Result<Command> {
     let mut command = Command::new(std::env::current_exe()?.with_file_name("leasehold"));
@@ -84,6 +111,38 @@ fn percentile(sorted: &[i64], percent: usize) -> f64 {
     sorted.get(at).map_or(f64::NAN, |micros| *micros as f64 / 1_000.0)
 }
 
+const LEASED: &str = "select count(*) from leasehold.outbox_events where lease_owner is not null";
+
+async fn until_held(pool: &PgPool, leases: u32) -> anyhow::Result<()> {
+    while sqlx::query_scalar::<_, i64>(LEASED).fetch_one(pool).await? < i64::from(leases) {
+        sleep(Duration::from_secs(1)).await;
+    }
+    Ok(())
+}
+
+/// Says how many of the heartbeats were HOT and how little any lease had left.
+async fn watch_held(pool: &PgPool, leases: u32, seconds: u32) -> anyhow::Result<()> {
+    let updates = "select n_tup_upd, n_tup_hot_upd from pg_stat_user_tables where relname = 'outbox_events'";
+    let left = "select extract(epoch from min(lease_until) - clock_timestamp())::float8
+        from leasehold.outbox_events where lease_owner is not null";
+    let before: (i64, i64) = sqlx::query_as(updates).fetch_one(pool).await?;
+    let mut least = f64::INFINITY;
+    for _ in 0..seconds / 5 {
+        sleep(Duration::from_secs(5)).await;
+        least = least.min(sqlx::query_scalar(left).fetch_one(pool).await?);
+    }
+    let held: i64 = sqlx::query_scalar(LEASED).fetch_one(pool).await?;
+    ensure!(held == i64::from(leases), "{held} of {leases} leases are held");
+    sleep(Duration::from_secs(1)).await;
+    let after: (i64, i64) = sqlx::query_as(updates).fetch_one(pool).await?;
+    let (all, hot) = (after.0 - before.0, after.1 - before.1);
+    eprintln!(
+        "{all} heartbeats, {:.1} % HOT; at least {least:.1} s left of a lease",
+        100.0 * hot as f64 / all as f64
+    );
+    Ok(())
+}
+
 impl Scenario {
     pub(crate) async fn run(&self, server: &str, receiver: &Receiver) -> anyhow::Result<Figures> {
         let admin = PgPool::connect(server).await?;
@@ -107,6 +166,11 @@ impl Scenario {
             insert(&pool, (0..events).map(|k| format!("event_{k}")).collect(), &ok).await?;
             sqlx::raw_sql("analyze leasehold.outbox_events").execute(&pool).await?;
         }
+        if let Work::Open { requests: events } | Work::Held { leases: events, .. } = self.work {
+            let path = if let Work::Open { .. } = self.work { "minute" } else { "hang" };
+            let ids = (0..events).map(|k| format!("event_{k}")).collect();
+            insert(&pool, ids, &format!("http://{}/{path}", receiver.address)).await?;
+        }
         receiver.take();
 
         let postmaster = measure::postmaster(&pool).await?;
@@ -117,12 +181,19 @@ impl Scenario {
                 worker.envs(DRAIN).env("LEASEHOLD_MAX_IN_FLIGHT_PER_DESTINATION", cap.to_string());
                 worker.env("LEASEHOLD_ALLOW_DESTINATIONS", "127.0.0.0/8,localhost");
             }
+            match self.work {
+                Work::Open { .. } => worker.envs(OPEN),
+                Work::Held { .. } => worker.envs(HELD),
+                _ => &mut worker,
+            };
             workers.push(worker.spawn().context("leasehold lies beside this program: build both")?);
         }
         let ids: Vec<u32> = workers.iter().filter_map(Child::id).collect();
-        if !matches!(self.work, Work::Drain { .. }) {
+        match self.work {
+            Work::Drain { .. } | Work::Open { .. } => {}
             // They sleep by then.
-            sleep(Duration::from_secs(3)).await;
+            Work::Trickle { .. } | Work::Idle { .. } => sleep(Duration::from_secs(3)).await,
+            Work::Held { leases, .. } => until_held(&pool, leases).await?,
         }
         let before = (
             measure::workers_cpu(&ids),
@@ -143,7 +214,7 @@ impl Scenario {
         }
         pool.close().await;
 
-        if let Work::Idle { .. } = self.work {
+        if let Work::Idle { .. } | Work::Held { .. } = self.work {
             // By the second, not by the delivery.
             return Ok(Figures {
                 per_second: 0.0,
@@ -192,6 +263,11 @@ impl Scenario {
                 sleep(Duration::from_secs(u64::from(seconds))).await;
                 return Ok(receiver.take());
             }
+            Work::Open { requests } => requests,
+            Work::Held { leases, seconds } => {
+                watch_held(pool, leases, seconds).await?;
+                return Ok(receiver.take());
+            }
         };
         let until = Instant::now() + Duration::from_secs(300);
         let delivered = "select count(*) from leasehold.outbox_events where delivery_status = 'delivered'";
@@ -211,6 +287,11 @@ impl Scenario {
                     "{} requests for {events} events",
                     arrivals.requests
                 );
+                let reclaims: i64 =
+                    sqlx::query_scalar("select coalesce(sum(reclaims), 0) from leasehold.outbox_events")
+                        .fetch_one(pool)
+                        .await?;
+                ensure!(reclaims == 0, "{reclaims} reclaims");
                 return Ok(arrivals);
             }
             ensure!(
@@ -218,7 +299,12 @@ impl Scenario {
                 "{} of {events} events came in five minutes",
                 arrivals.first.len()
             );
-            sleep(Duration::from_millis(20)).await;
+            sleep(if let Work::Open { .. } = self.work {
+                Duration::from_secs(1)
+            } else {
+                Duration::from_millis(20)
+            })
+            .await;
         }
     }
 }
