@@ -79,8 +79,9 @@ pub struct Attempt {
 pub trait Gateway: Send + Sync + 'static {
     /// Makes one request and maps whatever happens to a result; it never fails otherwise. `may_start` is asked directly
     /// before the first byte, when resolving and connecting are over; if it says no, nothing is sent and there is no
-    /// result (rule P4). Dropping the future closes the request's socket before the drop returns. As soon as the result is known it is left in `known`, though the
-    /// request may still be open while the rest of the response is read: an abort then does not undo it (rule P4).
+    /// result (rule P4). Dropping the future closes the request's socket before the drop returns. As soon as the result is
+    /// known it is left in `known`, though the request may still be open while the rest of the response is read: an abort
+    /// then does not undo it (rule P4).
     fn send(
         &self,
         attempt: Attempt,

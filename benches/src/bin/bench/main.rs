@@ -1,7 +1,8 @@
 //! leasehold under load: real workers, a real Postgres, a local receiver. Prints a table and writes a chart.
 //!
-//! An argument restricts it to the scenarios that have it in their name. Settings, from the environment: LEASEHOLD_TEST_POSTGRES (a server on which databases may be created), EVENTS
-//! (20,000), REPS (5, of which the medians count), CHART (the file to write, none by default).
+//! An argument restricts it to the scenarios that have it in their name. Settings, from the environment:
+//! LEASEHOLD_TEST_POSTGRES (a server on which databases may be created), EVENTS (20,000), REPS (5, of which the medians
+//! count), CHART (the file to write, none by default).
 
 mod measure;
 mod receiver;
