@@ -3,7 +3,8 @@
 use std::time::Duration;
 
 use leasehold::machine::{
-    ClaimReply, ClaimRequest, OwnedReply, OwnedRequest, RenewReply, RenewRequest, SettleReply, SettleRequest,
+    ClaimReply, ClaimRequest, DbTime, OwnedReply, OwnedRequest, RenewReply, RenewRequest, SettleReply,
+    SettleRequest,
 };
 
 /// What a statement asks for.
@@ -55,8 +56,8 @@ pub(crate) struct Statement {
     pub(crate) rows: Vec<u32>,
     /// A claim: whether it searches for expired leases.
     pub(crate) searched: bool,
-    /// A claim: all that it may take by what was committed when it began, each with its turn, in order.
-    pub(crate) candidates: Vec<(u8, u32)>,
+    /// A claim: all that it may take by what was committed when it began, in order: turn, due time, row.
+    pub(crate) candidates: Vec<(u8, DbTime, u32)>,
     /// A claim: what it takes, each with its turn.
     pub(crate) picked: Vec<(u8, u32)>,
     /// A claim: when it began, how long until the next event was due.

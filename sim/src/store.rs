@@ -60,7 +60,6 @@ pub(crate) struct Store {
     /// Rows before each commit, if a failover may want them: (when, row, what it was).
     pub(crate) history: Option<Vec<(u64, u32, Option<Row>)>>,
     pub(crate) waiting: Vec<(u32, u32)>,
-    pub(crate) candidates: Vec<(u8, DbTime, u32)>,
     pub(crate) rooms: Vec<u32>,
     pub(crate) bug: Option<Bug>,
 }
@@ -81,7 +80,6 @@ impl Store {
             booted: 0,
             history: forgets.then(Vec::new),
             waiting: Vec::new(),
-            candidates: Vec::new(),
             rooms: Vec::new(),
             bug,
         }
@@ -191,8 +189,7 @@ impl Store {
         let known = request.incarnation.as_ref() == Some(&self.incarnation);
         statement.searched = request.terms.expired && long_up && known;
         let terms = self.terms(request, statement.searched);
-        let mut candidates = std::mem::take(&mut self.candidates);
-        candidates.clear();
+        statement.candidates.clear();
         let mut next_due = None;
         let mut consider = |row: u32| {
             let state = &self.rows[row as usize];
@@ -209,7 +206,7 @@ impl Store {
                 } else {
                     FRESH
                 };
-                candidates.push((turn, due, row));
+                statement.candidates.push((turn, due, row));
             }
         };
         if self.has(Bug::ClaimTerminal) {
@@ -217,11 +214,9 @@ impl Store {
         } else {
             self.pending.iter().copied().for_each(&mut consider);
         }
-        candidates.sort_unstable();
-        statement.candidates.clear();
-        statement.candidates.extend(candidates.iter().map(|&(turn, _, row)| (turn, row)));
-        self.candidates = candidates;
-        statement.picked = self.choose(request, statement.candidates.iter().copied());
+        statement.candidates.sort_unstable();
+        let candidates = statement.candidates.iter().map(|&(turn, _, row)| (turn, row));
+        statement.picked = self.choose(request, candidates);
         statement.next_due_in = next_due.map(|due| due.since(early));
         statement.pending = self.pending.len();
     }
@@ -265,7 +260,7 @@ impl Store {
         let mut candidates = std::mem::take(&mut statement.picked);
         candidates.retain(|(turn, _)| *turn < FRESH);
         let mut front = request.limit;
-        for &(turn, row) in &statement.candidates {
+        for &(turn, _, row) in &statement.candidates {
             if turn != FRESH || !self.is_free(row) {
                 continue;
             }
