@@ -40,7 +40,7 @@ pub(crate) struct Story {
     pub(crate) events: u32,
     pub(crate) span: Duration,
     /// Each is done as often as it is listed here, however long that takes, and all over again while the time lasts.
-    pub(crate) faults: &'static [Fault],
+    pub(crate) faults: Vec<Fault>,
 }
 
 /// A worker's place: its way to the database, and the process that is in it now.
@@ -339,11 +339,11 @@ pub(crate) async fn play(story: Story) -> Verdict {
     }
     let start = Instant::now();
     let mut samples = Memory::default();
-    let (mut plan, mut all_done) = (story.faults.to_vec(), false);
+    let (mut plan, mut all_done) = (story.faults.clone(), false);
     // There is one standby to be promoted.
     while !all_done || (start.elapsed() < story.span && !pair) {
         if plan.is_empty() {
-            plan = story.faults.to_vec();
+            plan = story.faults.clone();
         }
         let pause = bed.rng.between(200, 1_200);
         sleep(pause).await;

@@ -88,7 +88,7 @@ impl Fault {
 
     /// Whether a request may be repeated for it: it was broken off, or its answer did not arrive, or was not settled.
     pub(crate) fn may_repeat(self) -> bool {
-        self.touches_leases() || matches!(self, Self::Destination(_))
+        self != Self::Terminate
     }
 
     /// Whether two requests for one event may be open at once for it (rule P12), or seem so: a receiver that is cut off

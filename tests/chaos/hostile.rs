@@ -12,6 +12,7 @@ use tokio_rustls::{TlsAcceptor, rustls};
 
 use crate::ALONE;
 use crate::bed::memory;
+use crate::common::receiver::accept;
 use crate::common::{MS, PATIENCE, Receiver};
 use crate::ground::Ground;
 
@@ -22,9 +23,7 @@ async fn serve<F: Future<Output = ()> + Send + 'static>(each: fn(TcpStream) -> F
     let address = listener.local_addr().expect("bound");
     tokio::spawn(async move {
         loop {
-            if let Ok((stream, _)) = listener.accept().await {
-                tokio::spawn(each(stream));
-            }
+            tokio::spawn(each(accept(&listener).await));
         }
     });
     address

@@ -31,11 +31,18 @@ fn from_environment<T: std::str::FromStr>(name: &str) -> Option<T> {
     std::env::var(name).ok().map(|value| value.parse().ok().expect("a number"))
 }
 
-async fn story(name: &str, seed: u64, database: Database, seconds: u64, faults: &'static [Fault]) -> Verdict {
+async fn story(name: &str, seed: u64, database: Database, seconds: u64, faults: &[Fault]) -> Verdict {
     let _alone = ALONE.lock().await;
     let seed = from_environment("CHAOS_SEED").unwrap_or(seed);
     let events = 100 * seconds as u32;
-    let story = Story { seed, database, workers: 3, events, span: Duration::from_secs(seconds), faults };
+    let story = Story {
+        seed,
+        database,
+        workers: 3,
+        events,
+        span: Duration::from_secs(seconds),
+        faults: faults.to_vec(),
+    };
     let verdict = play(story).await;
     verdict.hold(name);
     verdict
@@ -50,47 +57,50 @@ async fn sessions_that_end_are_replaced() {
 
 const SLOW: proxy::Weather = Slow(Duration::from_millis(60));
 
+const WORKERS: &[Fault] = &[Kill, Pause, Kill, Restart, Pause, Starve, Descriptors];
+
+const DATABASE: &[Fault] = &[
+    Crash,
+    Terminate,
+    ReadOnly,
+    HoldRows,
+    LockTable,
+    HangCommits,
+    CutOverCrash,
+    PauseOverCrash,
+    KillAmidHungCommits,
+];
+
+const NETWORK: &[Fault] = &[
+    Database(Cut),
+    Database(NoAnswers),
+    Database(NoQuestions),
+    Database(SLOW),
+    Database(Lossy),
+    Database(Refuse),
+    Database(Garbage),
+    Destination(Cut),
+    Destination(NoAnswers),
+    Destination(Refuse),
+    Destination(Garbage),
+    Destination(SLOW),
+    Destination(Lossy),
+];
+
 #[tokio::test(flavor = "multi_thread")]
 async fn workers_are_killed_stopped_and_restarted() {
-    const FAULTS: &[Fault] = &[Kill, Pause, Kill, Restart, Pause, Starve, Descriptors];
-    let verdict = story("workers", 1, Database::Single, 22, FAULTS).await;
+    let verdict = story("workers", 1, Database::Single, 22, WORKERS).await;
     assert!(verdict.takeovers > 0, "nothing was taken over: the kills showed nothing");
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_database_crashes_hangs_and_refuses() {
-    const FAULTS: &[Fault] = &[
-        Crash,
-        Terminate,
-        ReadOnly,
-        HoldRows,
-        LockTable,
-        HangCommits,
-        CutOverCrash,
-        PauseOverCrash,
-        KillAmidHungCommits,
-    ];
-    story("database", 2, Database::Single, 22, FAULTS).await;
+    story("database", 2, Database::Single, 22, DATABASE).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_network_is_cut() {
-    const FAULTS: &[Fault] = &[
-        Database(Cut),
-        Database(NoAnswers),
-        Database(NoQuestions),
-        Database(SLOW),
-        Database(Lossy),
-        Database(Refuse),
-        Database(Garbage),
-        Destination(Cut),
-        Destination(NoAnswers),
-        Destination(Refuse),
-        Destination(Garbage),
-        Destination(SLOW),
-        Destination(Lossy),
-    ];
-    story("network", 3, Database::Single, 28, FAULTS).await;
+    story("network", 3, Database::Single, 28, NETWORK).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -113,45 +123,20 @@ async fn through_a_pooler_in_transaction_mode() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn everything_at_once() {
-    const FAULTS: &[Fault] = &[
-        Kill,
-        Kill,
-        Kill,
-        Pause,
-        Restart,
-        Starve,
-        Descriptors,
-        Crash,
-        Crash,
-        Terminate,
-        ReadOnly,
-        HoldRows,
-        LockTable,
-        HangCommits,
-        CutOverCrash,
-        PauseOverCrash,
-        KillAmidHungCommits,
-        Database(Cut),
-        Database(NoAnswers),
-        Database(NoQuestions),
-        Database(SLOW),
-        Database(Lossy),
-        Database(Refuse),
-        Database(Garbage),
-        Destination(Cut),
-        Destination(NoAnswers),
-        Destination(Refuse),
-        Destination(Garbage),
-        Destination(SLOW),
-        Destination(Lossy),
-    ];
     let _alone = ALONE.lock().await;
     let seconds: u64 = from_environment("CHAOS_SECONDS").unwrap_or(35);
     let events = from_environment("CHAOS_EVENTS").unwrap_or(100 * seconds as u32);
     let seed = from_environment("CHAOS_SEED").unwrap_or(7);
     let span = Duration::from_secs(seconds);
-    let verdict =
-        play(Story { seed, database: Database::Single, workers: 4, events, span, faults: FAULTS }).await;
+    let verdict = play(Story {
+        seed,
+        database: Database::Single,
+        workers: 4,
+        events,
+        span,
+        faults: [WORKERS, DATABASE, NETWORK].concat(),
+    })
+    .await;
     verdict.hold("everything");
     // What a worker needs it has after the first half.
     let (before, after) = (verdict.memory.most(0..2), verdict.memory.most(3..4));

@@ -9,6 +9,8 @@ use tokio::net::{TcpListener, TcpStream, UnixStream};
 use tokio::sync::watch;
 use tokio::time::sleep;
 
+use crate::common::receiver::accept;
+
 /// What the proxy does to bytes and closes of both directions.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Weather {
@@ -86,10 +88,8 @@ impl Proxy {
         let (weather, watching) = watch::channel(Weather::Fair);
         tokio::spawn(async move {
             loop {
-                // An error is of one connection, or there are too many for the moment.
-                if let Ok((client, _)) = listener.accept().await {
-                    tokio::spawn(carry(client, upstream.clone(), watching.clone()));
-                }
+                let client = accept(&listener).await;
+                tokio::spawn(carry(client, upstream.clone(), watching.clone()));
             }
         });
         Self { address, weather }

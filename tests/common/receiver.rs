@@ -11,7 +11,7 @@ use hyper::body::Incoming;
 use hyper::service::service_fn;
 use hyper::{Request, Response, StatusCode};
 use hyper_util::rt::TokioIo;
-use tokio::net::TcpListener;
+use tokio::net::{TcpListener, TcpStream};
 use tokio::time::sleep;
 
 use super::{MS, PATIENCE};
@@ -30,6 +30,16 @@ pub(crate) struct Seen {
 
 /// A manner's status for closing the connection without an answer.
 pub(crate) const HANG_UP: u16 = 0;
+
+/// The next connection. An error is of one that is gone already, or there are too many for the moment.
+pub(crate) async fn accept(listener: &TcpListener) -> TcpStream {
+    loop {
+        match listener.accept().await {
+            Ok((stream, _)) => return stream,
+            Err(_) => sleep(10 * MS).await,
+        }
+    }
+}
 
 /// What a receiver answers: after a while, with a status.
 type Manner = Arc<dyn Fn(&Seen) -> (Duration, u16) + Send + Sync>;
@@ -64,8 +74,7 @@ impl Receiver {
         let (accepting, manner) = (receiver.clone(), Arc::new(manner) as Manner);
         tokio::spawn(async move {
             loop {
-                // An error is of one connection, or there are too many for the moment.
-                let Ok((stream, _)) = listener.accept().await else { continue };
+                let stream = accept(&listener).await;
                 let (receiver, manner) = (accepting.clone(), Arc::clone(&manner));
                 tokio::spawn(async move {
                     let service =
