@@ -80,6 +80,7 @@ impl Outbox for FakeOutbox {
             searched_expired: claim.terms.expired,
             grants: grants.collect(),
             failed: vec![],
+            front: None,
             next_due_in: None,
             any_pending: Some(self.settled.lock().expect("no panic").is_empty()),
         };

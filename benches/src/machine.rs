@@ -81,6 +81,7 @@ impl Bench {
             incarnation: Incarnation::new("1"),
             searched_expired: false,
             failed: Vec::new(),
+            front: None,
             next_due_in: None,
             any_pending: None,
         }

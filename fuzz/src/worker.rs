@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use leasehold::machine::{
     Answer, AttemptResult, ClaimReply, DbTime, DestinationKey, Grant, Incarnation, Input, LeaseKey,
-    OwnedReply, RenewReply, RequestId, RetryAfter, RowId, SettleReply, StoreFault, Token,
+    OwnedReply, Place, RenewReply, RequestId, RetryAfter, RowId, SettleReply, StoreFault, Token,
 };
 
 use crate::script::{Step as Command, steps};
@@ -126,6 +126,8 @@ fn input(command: &Command) -> Option<Input> {
                     .map(|row| grant(second.wrapping_add(row as i64)))
                     .collect(),
                 failed: Vec::new(),
+                front: (third % 5 < 3)
+                    .then_some(Place { due: DbTime::from_micros(third), row: RowId(second) }),
                 next_due_in: (third % 3 == 0).then_some(Duration::from_micros(fourth.unsigned_abs())),
                 any_pending: (third % 3 == 1).then_some(second % 2 == 0),
             }),

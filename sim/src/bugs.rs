@@ -82,6 +82,7 @@ bugs! {
     NeverReclaim, Place::Store, L1, 200, "expired leases are never taken";
     RetiredFailed, Place::Store, S8, 200, "retention deletes failed events that nobody asked it to";
     LostRow, Place::Store, S8, 1000, "a settle that fails an event deletes its row";
+    FrontPastLocked, Place::Store, L3, 2000, "a claim's front passes over what others have locked";
     ClaimIgnoresShare, Place::Store, S9, 1000, "the claim does not look at shares";
     StartUnchecked, Place::Driver, S3, 5000, "a start is not compared with its fence";
     AbortLost, Place::Driver, S3, 5000, "an abort is confirmed and the socket left open";
@@ -109,6 +110,9 @@ bugs! {
     SearchNever, Place::Machine(Planted::SearchNever), L1, 2000, "no worker ever searches for expired leases";
     SearchSeldom, Place::Machine(Planted::SearchSeldom), L2, 5000, "expired leases are searched for every 4 L";
     PollSeldom, Place::Machine(Planted::PollSeldom), L3, 500, "the outbox is polled every 40 intervals";
+    FrontKept, Place::Machine(Planted::FrontKept), L1, 2000, "no claim starts at the beginning of the queue again";
+    FrontAtNow, Place::Machine(Planted::FrontAtNow), L3, 2000, "claims pass over what commits shortly after it fell due";
+    RescanSeldom, Place::Machine(Planted::RescanSeldom), L3, 5000, "a scan from the beginning keeps the next one away for 200 times as long";
     EmbargoAlways, Place::Machine(Planted::EmbargoAlways), L2, 5000, "an embargo lasts 12 L and is begun again at every failure";
     LeasesUnlimited, Place::Machine(Planted::LeasesUnlimited), S9, 500, "a worker asks for more leases than it may hold";
     RequestsUnlimited, Place::Machine(Planted::RequestsUnlimited), S9, 500, "a worker opens more requests than it may";

@@ -226,6 +226,7 @@ impl State {
                     searched_expired: claim.terms.expired,
                     grants: Vec::new(),
                     failed: Vec::new(),
+                    front: None,
                     next_due_in: None,
                     any_pending: None,
                 };
@@ -542,8 +543,16 @@ pub fn schedule_of(bounds: Bounds, path: &[Step], seed: u64) -> Schedule {
     }
     let end = (state.tick + 1) * MICROS;
     faults.sort_by_key(|timed| timed.at);
-    let event =
-        EventPlan { at: 0, destination: 0, max_attempts: 20, delay: 0, attempts: 0, kills: 0, cursed: false };
+    let event = EventPlan {
+        at: 0,
+        destination: 0,
+        max_attempts: 20,
+        delay: 0,
+        late: 0,
+        attempts: 0,
+        kills: 0,
+        cursed: false,
+    };
     Schedule {
         seed,
         profile: Profile::Edge,

@@ -113,7 +113,10 @@ pub fn generate(seed: u64, profile: Profile) -> Schedule {
     let heal_at = rng.within(3, 8) * lease + rng.within(0, 2 * S);
     let mut workload = Rng::new(seed, "workload");
     let destinations = make_destinations(&mut workload, profile, &settings[0]);
-    let events = make_events(&mut workload, profile, events, destinations.len(), heal_at, &settings[0]);
+    let mut events = make_events(&mut workload, profile, events, destinations.len(), heal_at, &settings[0]);
+    if profile != Profile::Calm {
+        commit_late(&mut Rng::new(seed, "late commits"), &mut events);
+    }
     let timeout = settings.iter().map(|settings| settings.store_timeout).min().unwrap_or(S);
     let pace = make_pace(&mut Rng::new(seed, "pace of things"), profile, lease, timeout);
     let mut schedule =
@@ -252,6 +255,7 @@ fn make_events(
         destination: rng.below(destinations as u64) as u16,
         max_attempts: *rng.pick(&[1, 2, 3, 5, 8]),
         delay: if rng.percent(10) { rng.below(2 * S) } else { 0 },
+        late: 0,
         attempts: if rng.percent(if profile == Profile::Deploy { 40 } else { 3 }) {
             rng.within(1, 6) as u32
         } else {
@@ -267,6 +271,18 @@ fn make_events(
     let mut plans: Vec<EventPlan> = (0..events).map(one).collect();
     plans.sort_by_key(|plan| plan.at);
     plans
+}
+
+/// Some producers' transactions stay open for a while, some for long.
+fn commit_late(rng: &mut Rng, events: &mut [EventPlan]) {
+    if rng.percent(40) {
+        let rate = rng.within(5, 60);
+        for event in events {
+            if rng.percent(rate) {
+                event.late = rng.spread(MS, 8 * S).min(event.at);
+            }
+        }
+    }
 }
 
 /// Without faults a round trip takes less than half of `R`.
@@ -352,6 +368,9 @@ fn add_faults(schedule: &Schedule, rng: &mut Rng, faults: &mut Vec<Timed>) {
             if rng.percent(40) {
                 late_claims(schedule, rng, faults);
             }
+            if rng.percent(30) {
+                late_locks(schedule, rng, faults);
+            }
         }
     }
     if schedule.profile == Profile::Liveness {
@@ -381,6 +400,15 @@ fn late_claims(schedule: &Schedule, rng: &mut Rng, faults: &mut Vec<Timed>) {
     if rng.percent(60) {
         let at = at + lasts + rng.within(by / 2, by);
         faults.push(Timed { at, lasts, fault: Fault::LateCommit(65_536, by) });
+    }
+}
+
+/// Events are locked as they come, until they are long due: claims that come by meanwhile must come back for them.
+fn late_locks(schedule: &Schedule, rng: &mut Rng, faults: &mut Vec<Timed>) {
+    for _ in 0..rng.within(1, 4) {
+        let event = rng.below(schedule.events.len() as u64) as u32;
+        let at = schedule.events[event as usize].at;
+        faults.push(Timed { at, lasts: rng.within(S, 4 * S), fault: Fault::LockRow(event) });
     }
 }
 

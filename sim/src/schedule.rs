@@ -244,6 +244,9 @@ pub struct EventPlan {
     pub max_attempts: u32,
     /// How long after that it is due.
     pub delay: u64,
+    /// How long before `at` its transaction had begun: it falls due that much earlier than it is seen.
+    #[serde(default)]
+    pub late: u64,
     /// The row's settled tries: more than none if it is moved in from an older table.
     pub attempts: u32,
     /// How many requests for it kill their worker.

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use leasehold::machine::{
-    ClaimReply, ClaimRequest, DbTime, OwnedReply, OwnedRequest, RenewReply, RenewRequest, SettleReply,
+    ClaimReply, ClaimRequest, DbTime, OwnedReply, OwnedRequest, Place, RenewReply, RenewRequest, SettleReply,
     SettleRequest,
 };
 
@@ -60,6 +60,8 @@ pub(crate) struct Statement {
     pub(crate) candidates: Vec<(u8, DbTime, u32)>,
     /// A claim: what it takes, each with its turn.
     pub(crate) picked: Vec<(u8, u32)>,
+    /// A claim: the front of the queue as it leaves it.
+    pub(crate) front: Option<Place>,
     /// A claim: when it began, how long until the next event was due.
     pub(crate) next_due_in: Option<Duration>,
     /// A claim: when it began, how many events were pending.
@@ -80,6 +82,7 @@ impl Statement {
             searched: false,
             candidates: Vec::new(),
             picked: Vec::new(),
+            front: None,
             next_due_in: None,
             pending: 0,
         }

@@ -3,8 +3,8 @@
 
 use leasehold::machine::{
     Answer, ClaimAnswer, ClaimFailure, ClaimReply, ClaimRequest, ClaimTerms, DbClock, DbTime, DestinationKey,
-    Grant, Incarnation, LeaseKey, OwnedReply, RenewReply, RenewRequest, Row, RowId, Settle, SettleReply,
-    SettleRequest, Status, WorkerId,
+    Grant, Incarnation, LeaseKey, OwnedReply, Place, RenewReply, RenewRequest, Row, RowId, Settle,
+    SettleReply, SettleRequest, Status, WorkerId,
 };
 use sim_oracle::{DbClockModel, Fact};
 use std::time::Duration;
@@ -95,7 +95,8 @@ impl Store {
 
     /// A producer's commit.
     pub(crate) fn insert(&mut self, now: u64, plan: &EventPlan) -> i64 {
-        let due = self.db(now).after(Duration::from_micros(plan.delay));
+        let began = now.saturating_sub(plan.late);
+        let due = self.db(began).after(Duration::from_micros(plan.delay));
         let row = self.rows.len() as u32;
         self.rows.push(Row { attempts: plan.attempts, ..Row::new(plan.max_attempts, due) });
         let EventPlan { destination, cursed, .. } = *plan;
@@ -206,7 +207,10 @@ impl Store {
                 } else {
                     FRESH
                 };
-                statement.candidates.push((turn, due, row));
+                let passed_over = |from| place(due, row) < from;
+                if turn != FRESH || !request.from.is_some_and(passed_over) {
+                    statement.candidates.push((turn, due, row));
+                }
             }
         };
         if self.has(Bug::ClaimTerminal) {
@@ -290,6 +294,13 @@ impl Store {
             let suspect = turn == PROBATION;
             self.eligible(row, seen, &terms) && (suspect || !self.rows[row as usize].on_probation())
         });
+        let left = statement.candidates.iter().filter(|(turn, _, row)| {
+            *turn == FRESH
+                && !picked.contains(&(FRESH, *row))
+                && (self.bug != Some(Bug::FrontPastLocked) || self.is_free(*row))
+        });
+        let left = left.map(|&(_, due, row)| place(due, row)).next();
+        statement.front = Some(left.unwrap_or(Place::behind(self.db(statement.began))));
         statement.picked = picked;
     }
 
@@ -431,6 +442,7 @@ impl Store {
             db_now: clock.late,
             incarnation: self.incarnation.clone(),
             searched_expired: statement.searched,
+            front: statement.front,
             next_due_in: statement.next_due_in.filter(|_| more),
             // Counted by what was committed when the claim began, without what it fails itself.
             any_pending: request.count_pending.then_some(statement.pending > failed.len()),
@@ -622,6 +634,10 @@ impl Store {
 
 fn row_failed(row: &Row, answer: Answer) -> bool {
     row.status == Status::Failed && answer == Answer::Applied
+}
+
+fn place(due: DbTime, row: u32) -> Place {
+    Place { due, row: RowId(i64::from(row)) }
 }
 
 fn row_of(key: LeaseKey) -> u32 {

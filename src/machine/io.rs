@@ -49,6 +49,27 @@ impl fmt::Display for StoreFault {
     }
 }
 
+/// A place in the queue: the order in which fresh events fall due.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Place {
+    /// When they do.
+    pub due: DbTime,
+    /// Among those that fall due at once.
+    pub row: RowId,
+}
+
+impl Place {
+    /// Ahead of everything that falls due at that time.
+    pub const fn ahead_of(due: DbTime) -> Self {
+        Self { due, row: RowId(i64::MIN) }
+    }
+
+    /// Behind everything that is due by then.
+    pub const fn behind(due: DbTime) -> Self {
+        Self { due, row: RowId(i64::MAX) }
+    }
+}
+
 /// One claim (rules P1, P10, P11, P13).
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct ClaimRequest {
@@ -66,6 +87,10 @@ pub struct ClaimRequest {
     pub share: u32,
     /// Room left for destination keys of which leases are held; zero means full.
     pub shares: Vec<(DestinationKey, u32)>,
+    /// Fresh events ahead of this place are passed over; `None` starts at the beginning of the queue. Where a
+    /// transaction that is left open keeps Postgres from forgetting what was claimed, that spares reading all of it each
+    /// time.
+    pub from: Option<Place>,
     /// Whether the reply must say if any event is pending at all.
     pub count_pending: bool,
     /// Nothing was found for a while, so that the worker polls slowly from now on: the store may wake it when there is
@@ -120,6 +145,10 @@ pub struct ClaimReply {
     pub grants: Vec<Grant>,
     /// Events that the claim failed, with their ids.
     pub failed: Vec<(RowId, ClaimFailure)>,
+    /// The front of the queue as this claim leaves it: the first fresh event from [`ClaimRequest::from`] on that was due
+    /// when it began and that it did not take, whoever had it locked; else behind all that was due. `None` if the store
+    /// has no use for a place to start from.
+    pub front: Option<Place>,
     /// Time until the next unleased event is due, if the store knows one and nothing more is due now.
     pub next_due_in: Option<Duration>,
     /// Whether any event is pending at all, leased ones included; `None` if not asked for.

@@ -23,8 +23,8 @@ mod worker;
 pub use id::{DestinationKey, Incarnation, LeaseKey, RequestId, RowId, Token, WorkerId};
 pub use io::{
     Action, AttemptResult, ClaimReply, ClaimRequest, CycleSummary, EmbargoCause, Grant, HeartbeatEnd, Input,
-    Observation, OwnedReply, OwnedRequest, RenewReply, RenewRequest, RetryAfter, SettleKind, SettleReply,
-    SettleRequest, StoreCall, StoreFault, Unsendable,
+    Observation, OwnedReply, OwnedRequest, Place, RenewReply, RenewRequest, RetryAfter, SettleKind,
+    SettleReply, SettleRequest, StoreCall, StoreFault, Unsendable,
 };
 #[cfg(feature = "planted-bugs")]
 pub use planted::Planted;

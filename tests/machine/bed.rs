@@ -6,8 +6,8 @@ use std::time::Duration;
 
 use leasehold::machine::{
     Action, Answer, AttemptResult, ClaimAnswer, ClaimReply, ClaimRequest, DbClock, DbTime, DestinationKey,
-    Grant, Incarnation, Input, LeaseKey, Limits, Moment, Observation, OwnedReply, RawTiming, RenewReply,
-    RequestId, RetryPolicy, Row, RowId, SettleReply, Timing, Worker, WorkerId, WorkerSettings,
+    Grant, Incarnation, Input, LeaseKey, Limits, Moment, Observation, OwnedReply, Place, RawTiming,
+    RenewReply, RequestId, RetryPolicy, Row, RowId, SettleReply, Timing, Worker, WorkerId, WorkerSettings,
 };
 
 pub(crate) const MS: Duration = Duration::from_millis(1);
@@ -219,14 +219,18 @@ impl Bed {
             searched_expired: claim.terms.expired,
             grants: Vec::new(),
             failed: Vec::new(),
+            front: None,
             next_due_in: None,
             any_pending: None,
         };
         let mut rooms: BTreeMap<DestinationKey, u32> = claim.shares.iter().cloned().collect();
         let mut probation = claim.probation;
         for (id, (row, destination)) in &mut self.rows {
+            let place = Place { due: row.next_attempt_at, row: *id };
+            let fresh = row.lease.is_none() && !row.on_probation();
             if (reply.grants.len() + reply.failed.len()) as u32 >= claim.limit
                 || !row.eligible(db.early, &claim.terms)
+                || fresh && claim.from.is_some_and(|from| place < from)
             {
                 continue;
             }
@@ -253,6 +257,13 @@ impl Bed {
                 ClaimAnswer::NotEligible => {}
             }
         }
+        let left = self
+            .rows
+            .iter()
+            .filter(|(_, (row, _))| row.lease.is_none() && row.eligible(db.early, &claim.terms));
+        let left = left.map(|(id, (row, _))| Place { due: row.next_attempt_at, row: *id });
+        let left = left.filter(|place| claim.from.is_none_or(|from| *place >= from));
+        reply.front = Some(left.min().unwrap_or(Place::behind(db.early)));
         reply.any_pending = claim
             .count_pending
             .then(|| self.rows.values().any(|(row, _)| row.status == leasehold::machine::Status::Pending));

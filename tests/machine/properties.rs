@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use leasehold::machine::{
     Action, Answer, AttemptResult, ClaimReply, DbTime, DestinationKey, Grant, Incarnation, Input, LeaseKey,
-    OwnedReply, RenewReply, RequestId, RowId, SettleReply, StoreFault, Token,
+    OwnedReply, Place, RenewReply, RequestId, RowId, SettleReply, StoreFault, Token,
 };
 use proptest::collection::vec;
 use proptest::prelude::*;
@@ -54,18 +54,18 @@ fn nonsense() -> impl Strategy<Value = Input> {
             reclaimed: true,
             unsendable: None,
         });
-    let claim =
-        (db.clone(), vec(grant, 0..4), any::<bool>()).prop_map(|(db_now, grants, searched_expired)| {
-            ClaimReply {
-                db_now,
-                incarnation: Incarnation::new(if searched_expired { "1" } else { "2" }),
-                searched_expired,
-                grants,
-                failed: vec![],
-                next_due_in: Some(Duration::ZERO),
-                any_pending: Some(searched_expired),
-            }
-        });
+    let claim = (db.clone(), vec(grant, 0..4), any::<bool>(), proptest::option::of(db.clone())).prop_map(
+        |(db_now, grants, searched_expired, front)| ClaimReply {
+            db_now,
+            incarnation: Incarnation::new(if searched_expired { "1" } else { "2" }),
+            searched_expired,
+            grants,
+            failed: vec![],
+            front: front.map(Place::behind),
+            next_due_in: Some(Duration::ZERO),
+            any_pending: Some(searched_expired),
+        },
+    );
     prop_oneof![
         Just(Input::Wake),
         Just(Input::Hint),

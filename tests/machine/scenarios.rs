@@ -3,8 +3,8 @@
 use std::time::Duration;
 
 use leasehold::machine::{
-    Action, Answer, AttemptResult, EmbargoCause, HeartbeatEnd, Input, LeaseKey, Limits, Observation,
-    RetryAfter, SettleKind, SettleReply, Status, StoreFault, WorkerId,
+    Action, Answer, AttemptResult, ClaimRequest, EmbargoCause, HeartbeatEnd, Input, LeaseKey, Limits,
+    Observation, Place, RetryAfter, SettleKind, SettleReply, Status, StoreFault, WorkerId,
 };
 
 use crate::bed::{Bed, MS, SECOND, aborts, limits, retry, settings, timing};
@@ -453,15 +453,15 @@ fn a_refill_does_not_wait_for_the_next_poll() {
     assert!((1..=20).all(|id| bed.row(id).status == Status::Delivered));
 }
 
-/// When claims are sent within `duration`, and whether they say that the worker sleeps.
-fn claims_within(bed: &mut Bed, duration: Duration) -> Vec<(Duration, bool)> {
+/// The claims that are sent within `duration`, and when.
+fn claims_within(bed: &mut Bed, duration: Duration) -> Vec<(Duration, ClaimRequest)> {
     let (start, until) = (bed.now, bed.now.after(duration));
     let mut claims = Vec::new();
     while let Some(at) = bed.worker.next_wakeup().filter(|at| *at < until) {
         bed.now = bed.now.max(at);
         for action in bed.wake() {
             if let Action::Claim(_, claim) = action {
-                claims.push((bed.now.since(start), claim.asleep));
+                claims.push((bed.now.since(start), claim));
             }
         }
         bed.answer_all();
@@ -475,7 +475,7 @@ fn a_worker_polls_eagerly_for_a_second_and_then_says_that_it_sleeps() {
     bed.respond(key, 204);
     bed.answer_all();
     let claims = claims_within(&mut bed, 3 * SECOND);
-    let (awake, asleep): (Vec<_>, Vec<_>) = claims.iter().partition(|(_, asleep)| !asleep);
+    let (awake, asleep): (Vec<_>, Vec<_>) = claims.iter().partition(|(_, claim)| !claim.asleep);
     assert!(awake.len() > 900, "{} polls", awake.len());
     assert!(awake.iter().all(|(at, _)| *at < SECOND));
     assert!(asleep.first().is_some_and(|(at, _)| *at < SECOND + 2 * MS), "it looks once more as it says so");
@@ -485,7 +485,90 @@ fn a_worker_polls_eagerly_for_a_second_and_then_says_that_it_sleeps() {
     bed.give(Input::Hint);
     bed.answer_all();
     let next = claims_within(&mut bed, SECOND / 10);
-    assert!(next.len() > 50 && next.iter().all(|(_, asleep)| !asleep), "{next:?}");
+    assert!(next.len() > 50 && next.iter().all(|(_, claim)| !claim.asleep), "{next:?}");
+}
+
+/// When the claims within `duration` start at the beginning of the queue.
+fn rescans_within(bed: &mut Bed, duration: Duration) -> Vec<Duration> {
+    let claims = claims_within(bed, duration).into_iter();
+    claims.filter(|(_, claim)| claim.from.is_none()).map(|(at, _)| at).collect()
+}
+
+#[test]
+fn claims_start_a_second_before_the_last_one_and_every_other_second_at_the_beginning() {
+    let mut bed = Bed::new(settings());
+    let start = bed.db().early;
+    let mut last = start;
+    let mut rescans = Vec::new();
+    for (at, claim) in claims_within(&mut bed, 5 * SECOND) {
+        match claim.from {
+            None => rescans.push(at),
+            Some(from) => assert_eq!(from, Place::ahead_of(last.before(SECOND)), "at {at:?}"),
+        }
+        last = start.after(at);
+    }
+    assert_eq!(rescans.len(), 3, "{rescans:?}");
+    assert!(rescans.windows(2).all(|two| two[1] - two[0] >= 2 * SECOND), "{rescans:?}");
+}
+
+#[test]
+fn what_commits_within_a_second_is_found_at_once_and_later_by_the_next_rescan() {
+    for (late, within) in [(SECOND, 2 * MS), (SECOND + MS, 2 * SECOND + 2 * MS)] {
+        let mut bed = Bed::new(settings());
+        bed.run(500 * MS);
+        bed.add(1, "http://a");
+        bed.row_mut(1).next_attempt_at = bed.db().early.before(late);
+        bed.run(within / 2);
+        let early = bed.opened().len();
+        bed.run(within);
+        assert_eq!(bed.opened().len(), 1, "{late:?} late");
+        assert_eq!(early, usize::from(late == SECOND), "{late:?} late");
+    }
+}
+
+#[test]
+fn scans_from_the_beginning_take_a_tenth_of_the_time() {
+    let mut bed = Bed::new(settings());
+    bed.wake();
+    bed.pass(500 * MS);
+    bed.answer_all();
+    assert!(rescans_within(&mut bed, 4_900 * MS).is_empty());
+    assert_eq!(rescans_within(&mut bed, 400 * MS).len(), 1);
+}
+
+#[test]
+fn a_hint_a_new_server_and_a_clock_set_back_lead_to_the_beginning() {
+    let mut bed = Bed::new(settings());
+    bed.run(500 * MS);
+    assert!(rescans_within(&mut bed, 50 * MS).is_empty());
+    bed.give(Input::Hint);
+    let claim = bed.pending.iter().find_map(|action| match action {
+        Action::Claim(_, claim) => Some(claim.clone()),
+        _ => None,
+    });
+    assert_eq!(claim.expect("a hint makes it claim").from, None);
+    bed.answer_all();
+    assert!(rescans_within(&mut bed, 50 * MS).is_empty());
+    bed.incarnation += 1;
+    assert_eq!(rescans_within(&mut bed, 50 * MS).len(), 1);
+    let mut ahead = Bed::new(settings());
+    ahead.db_ahead = 100 * SECOND;
+    ahead.run(500 * MS);
+    ahead.db_ahead = Duration::ZERO;
+    let before = ahead.db().early;
+    let claims = claims_within(&mut ahead, 50 * MS);
+    assert!(claims[1..].iter().all(|(_, claim)| claim.from < Some(Place::behind(before))), "{claims:?}");
+}
+
+#[test]
+fn until_the_outbox_is_empty_claims_that_are_not_full_start_at_the_beginning() {
+    let mut settings = settings();
+    settings.until_empty = true;
+    let mut bed = Bed::new(settings);
+    bed.add(1, "http://a");
+    bed.row_mut(1).next_attempt_at = bed.db().early.after(SECOND);
+    let claims = claims_within(&mut bed, 500 * MS);
+    assert!(claims.len() > 1 && claims.iter().all(|(_, claim)| claim.from.is_none() && claim.count_pending));
 }
 
 #[test]

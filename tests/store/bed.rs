@@ -87,6 +87,7 @@ pub(crate) trait Bed {
             probation: 1,
             share: 100,
             shares: Vec::new(),
+            from: None,
             count_pending: false,
             asleep: false,
         }

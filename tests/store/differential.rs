@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use leasehold::machine::{
     Answer, ClaimAnswer, ClaimFailure, ClaimRequest, ClaimTerms, DbClock, DbTime, DestinationKey, LeaseKey,
-    OwnedRequest, RenewRequest, Row as Model, RowId, Settle, SettleRequest, Status, Token, WorkerId,
+    OwnedRequest, Place, RenewRequest, Row as Model, RowId, Settle, SettleRequest, Status, Token, WorkerId,
 };
 use leasehold::ports::Outbox;
 use proptest::prelude::*;
@@ -38,6 +38,8 @@ enum Step {
         held: Option<(bool, u32)>,
         limits: (u32, u32),
         search: bool,
+        /// From the place of that row on.
+        from: Option<usize>,
     },
     Renew {
         owner: u8,
@@ -105,9 +107,10 @@ fn step() -> impl Strategy<Value = Step> {
             prop::option::of((any::<bool>(), 0_u32..3)),
             prop_oneof![3 => Just((0, 0)), 1 => (4_u32..6, 0_u32..4)],
             prop::bool::weighted(0.8),
+            prop::option::weighted(0.2, 0..ROWS),
         )
-            .prop_map(|(owner, limit, probation, share, held, limits, search)| Step::Claim {
-                owner, limit, probation, share, held, limits, search
+            .prop_map(|(owner, limit, probation, share, held, limits, search, from)| Step::Claim {
+                owner, limit, probation, share, held, limits, search, from
             }),
         3 => (owner(), prop::collection::vec(of(), 1..4), 1_u64..4_000)
             .prop_map(|(owner, of, millis)| Step::Renew { owner, of, millis }),
@@ -150,6 +153,11 @@ struct Rows {
     tokens: Vec<Vec<Token>>,
 }
 
+/// Where a row stands in the queue.
+fn place(stored: &Stored) -> Place {
+    Place { due: stored.row.next_attempt_at, row: RowId(stored.id) }
+}
+
 impl Rows {
     fn lease_key(&self, of: &Of) -> LeaseKey {
         let tokens = &self.tokens[of.row];
@@ -164,6 +172,9 @@ impl Rows {
     fn choose(&self, clock: DbClock, request: &ClaimRequest) -> Vec<usize> {
         let mut order: Vec<_> = (0..self.rows.len())
             .filter(|at| self.rows[*at].row.eligible(clock.early, &request.terms))
+            .filter(|at| {
+                !self.is_fresh(*at) || request.from.is_none_or(|from| place(&self.rows[*at]) >= from)
+            })
             .map(|at| {
                 let row = &self.rows[at].row;
                 let turn = if row.on_probation() {
@@ -194,6 +205,24 @@ impl Rows {
             }
         }
         taken
+    }
+
+    fn is_fresh(&self, at: usize) -> bool {
+        let row = &self.rows[at].row;
+        row.lease.is_none() && !row.on_probation()
+    }
+
+    /// The front of the queue as a claim that takes these rows leaves it.
+    fn front(&self, clock: DbClock, request: &ClaimRequest, taken: &[usize]) -> Place {
+        let left = (0..self.rows.len()).filter(|at| {
+            self.is_fresh(*at)
+                && self.rows[*at].row.eligible(clock.early, &request.terms)
+                && !taken.contains(at)
+        });
+        let left = left
+            .map(|at| place(&self.rows[at]))
+            .filter(|place| request.from.is_none_or(|from| *place >= from));
+        left.min().unwrap_or(Place::behind(clock.early))
     }
 
     fn next_due_in(&self, now: DbClock) -> Option<Duration> {
@@ -277,6 +306,7 @@ enum Told {
     Claim {
         grants: BTreeSet<(LeaseKey, u32, u32, u32, bool)>,
         failed: BTreeSet<(RowId, ClaimFailure)>,
+        front: Option<Place>,
         next: Option<Duration>,
         any: Option<bool>,
     },
@@ -307,6 +337,7 @@ async fn ask<T: Bed>(bed: &T, request: &Request) -> Told {
             Told::Claim {
                 grants: grants.collect(),
                 failed: reply.failed.iter().copied().collect(),
+                front: reply.front,
                 next,
                 any,
             }
@@ -329,7 +360,7 @@ async fn ask<T: Bed>(bed: &T, request: &Request) -> Told {
 
 fn request_of(step: &Step, rows: &Rows) -> Option<Request> {
     Some(match step {
-        Step::Claim { owner, limit, probation, share, held, limits, search } => {
+        Step::Claim { owner, limit, probation, share, held, limits, search, from } => {
             Request::Claim(ClaimRequest {
                 owner: worker(*owner),
                 terms: ClaimTerms {
@@ -350,6 +381,7 @@ fn request_of(step: &Step, rows: &Rows) -> Option<Request> {
                         (DestinationKey::new(key), *room)
                     })
                     .collect(),
+                from: from.map(|row| place(&rows.rows[row])),
                 count_pending: true,
                 asleep: false,
             })
@@ -390,6 +422,7 @@ fn model(rows: &mut Rows, clock: DbClock, request: &Request, seen: &mut Seen) ->
         Request::Claim(request) => {
             let (mut grants, mut failed) = (BTreeSet::new(), BTreeSet::new());
             let full = rows.choose(clock, request);
+            let front = Some(rows.front(clock, request, &full));
             for at in &full {
                 let stored = &mut rows.rows[*at];
                 let suspect = stored.row.on_probation();
@@ -421,7 +454,7 @@ fn model(rows: &mut Rows, clock: DbClock, request: &Request, seen: &mut Seen) ->
             }
             let next = if full.len() < request.limit as usize { rows.next_due_in(clock) } else { None };
             let any = Some(rows.rows.iter().any(|stored| stored.row.status == Status::Pending));
-            Told::Claim { grants, failed, next, any }
+            Told::Claim { grants, failed, front, next, any }
         }
         Request::Renew(request) => Told::Answers(
             request
@@ -476,9 +509,19 @@ async fn play<T: Bed>(
     let tokens = rows.iter().map(|_| vec![Token(0)]).collect();
     let mut rows = Rows { rows, tokens };
     for (number, step) in steps.iter().enumerate() {
-        let Some(request) = request_of(step, &rows) else { continue };
+        let Some(mut request) = request_of(step, &rows) else { continue };
+        if let Request::Claim(claim) = &mut request
+            && !T::POSTGRES
+        {
+            claim.from = None;
+        }
         let clock = DbClock { early: bed.now(), late: bed.now() };
-        let expected = model(&mut rows, clock, &request, seen);
+        let mut expected = model(&mut rows, clock, &request, seen);
+        if let Told::Claim { front, .. } = &mut expected
+            && !T::POSTGRES
+        {
+            *front = None;
+        }
         let told = ask(bed, &request).await;
         prop_assert_eq!(told, expected, "step {}: {:?}", number, step);
         if !matches!(request, Request::Pass(_) | Request::Owned(_)) {

@@ -11,8 +11,8 @@ use std::time::{Duration, Instant};
 
 use leasehold::adapters::postgres::Postgres;
 use leasehold::machine::{
-    Answer, ClaimRequest, ClaimTerms, DbTime, DestinationKey, LeaseKey, OwnedRequest, RenewRequest, RowId,
-    Settle, SettleRequest, StoreFault, Token, WorkerId,
+    Answer, ClaimRequest, ClaimTerms, DbTime, DestinationKey, LeaseKey, OwnedRequest, Place, RenewRequest,
+    RowId, Settle, SettleRequest, StoreFault, Token, WorkerId,
 };
 use leasehold::ports::Outbox as _;
 use proptest::prelude::*;
@@ -34,6 +34,8 @@ enum What {
         held: Option<(bool, u32)>,
         limits: (u32, u32),
         search: bool,
+        /// From the place of that row on.
+        from: Option<usize>,
         /// Stopped between its snapshot and its locks.
         stopped: bool,
     },
@@ -96,10 +98,11 @@ fn what() -> impl Strategy<Value = What> {
             prop::option::weighted(0.2, (any::<bool>(), 0_u32..3)),
             prop_oneof![3 => Just((0, 0)), 1 => (4_u32..6, 0_u32..4)],
             prop::bool::weighted(0.9),
+            prop::option::weighted(0.2, 0..ROWS),
             prop::bool::weighted(0.3),
         )
-            .prop_map(|(owner, limit, probation, share, held, limits, search, stopped)| What::Claim {
-                owner, limit, probation, share, held, limits, search, stopped
+            .prop_map(|(owner, limit, probation, share, held, limits, search, from, stopped)| What::Claim {
+                owner, limit, probation, share, held, limits, search, from, stopped
             }),
         1 => (owner(), prop::collection::vec(of(), 1..4), millis())
             .prop_map(|(owner, of, millis)| What::Renew { owner, of, millis }),
@@ -387,10 +390,14 @@ impl Pair<'_, '_> {
     fn ask(&self, what: &What) -> Ask {
         let millis = Duration::from_millis;
         match what {
-            What::Claim { owner, limit, probation, share, held, limits, search, .. } => {
+            What::Claim { owner, limit, probation, share, held, limits, search, from, .. } => {
                 let room = |(second, room): &(bool, u32)| {
                     let key = if *second { "https://b.example" } else { "https://a.example" };
                     (DestinationKey::new(key), *room)
+                };
+                let place = |row: usize| {
+                    let due = self.sim.rows()[row].next_attempt_at;
+                    Place { due, row: RowId(row as i64) }
                 };
                 Ask::Claim(ClaimRequest {
                     owner: worker(*owner),
@@ -406,6 +413,7 @@ impl Pair<'_, '_> {
                     probation: *probation,
                     share: *share,
                     shares: held.iter().map(room).collect(),
+                    from: from.map(place),
                     count_pending: true,
                     asleep: false,
                 })

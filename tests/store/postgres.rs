@@ -455,6 +455,8 @@ fn no_index_names_what_a_heartbeat_writes() {
 
 const CLAIM: &str = include_str!("../../src/adapters/postgres/claim.sql");
 const RENEW: &str = include_str!("../../src/adapters/postgres/renew.sql");
+/// The beginning of the queue.
+const START: &str = "null, 0";
 const SETTLE: &str = include_str!("../../src/adapters/postgres/settle.sql");
 
 fn claim_query(
@@ -480,6 +482,8 @@ fn claim_query(
         .bind(false)
         .bind(ClaimFailure::AttemptsSpent.last_error())
         .bind(ClaimFailure::ReclaimsSpent.last_error())
+        .bind(None::<i64>)
+        .bind(0_i64)
 }
 
 /// Thousands of delivered, leased and future rows; a few that are due.
@@ -509,7 +513,7 @@ fn nodes<'a>(plan: &'a Value, into: &mut Vec<&'a Value>) {
 }
 
 /// The plan of a claim as it ran, made as on the connections of a worker: once, whatever the arguments.
-async fn explain_claim(bed: &Pg, limit: u32, share: u32, full: &str) -> Value {
+async fn explain_claim(bed: &Pg, limit: u32, share: u32, full: &str, from: &str) -> Value {
     let mut connection = bed.pool.acquire().await.unwrap();
     for (name, value) in PLANS {
         sqlx::raw_sql(AssertSqlSafe(format!("set {name} = {value}")))
@@ -519,12 +523,13 @@ async fn explain_claim(bed: &Pg, limit: u32, share: u32, full: &str) -> Value {
     }
     let prepare = format!(
         "prepare claim (text, bigint, bigint, bool, text, int, int, int, int, int, text[], int[], bigint, bigint, bool,
-             text, text) as {CLAIM}"
+             text, text, bigint, bigint) as {CLAIM}"
     );
     sqlx::raw_sql(AssertSqlSafe(prepare)).execute(&mut *connection).await.unwrap();
     let execute = format!(
         "explain (analyze, buffers, format json) execute claim ('w', 60000000, 1000000, false, '{}', 100, 0, {limit}, 1,
-             {share}, '{{{full}}}', '{{{}}}', {MAX_PAYLOAD}, 8388608, false, 'attempts', 'reclaims')",
+             {share}, '{{{full}}}', '{{{}}}', {MAX_PAYLOAD}, 8388608, false, 'attempts', 'reclaims',
+             {from})",
         bed.incarnation().as_str(),
         if full.is_empty() { "" } else { "0" },
     );
@@ -599,9 +604,14 @@ fn rows_read(node: &Value) -> f64 {
     each * number("Actual Loops")
 }
 
+/// How many pages a plan touched, some of them several times.
+fn buffers(root: &Value) -> f64 {
+    root["Shared Hit Blocks"].as_f64().unwrap() + root["Shared Read Blocks"].as_f64().unwrap()
+}
+
 async fn assert_the_claim_touches_only_what_it_takes(bed: &Pg) {
     // More than is due, so that it must end at what is due and not at its limit.
-    let root = explain_claim(bed, 30, 1_000, "").await;
+    let root = explain_claim(bed, 30, 1_000, "", START).await;
     let mut all = Vec::new();
     nodes(&root, &mut all);
     for node in &all {
@@ -609,14 +619,14 @@ async fn assert_the_claim_touches_only_what_it_takes(bed: &Pg) {
         if node["Relation Name"] == "outbox_events" {
             assert!(kind != "Seq Scan" || node["Actual Loops"] == 0, "{node:#}");
             for removed in ["Rows Removed by Filter", "Rows Removed by Index Recheck"] {
-                assert_eq!(node[removed].as_f64().unwrap_or(0.0), 0.0, "{removed}: {node:#}");
+                // The front of the queue is sought behind what was taken, which this statement still sees.
+                assert!(node[removed].as_f64().unwrap_or(0.0) <= 20.0, "{removed}: {node:#}");
             }
         }
     }
     let updated = all.iter().find(|node| node["Node Type"] == "ModifyTable").expect("an update");
     assert_eq!(updated["Actual Rows"].as_f64(), Some(20.0));
-    let buffers = |name: &str| root[name].as_f64().unwrap();
-    let touched = buffers("Shared Hit Blocks") + buffers("Shared Read Blocks");
+    let touched = buffers(&root);
     // 20 rows through 6 indexes; the table alone has far more than this in pages and hundreds of times in rows.
     assert!(touched < 2_000.0, "{touched} buffers");
 }
@@ -630,6 +640,33 @@ fn a_claim_touches_only_what_it_takes() {
     });
 }
 
+/// A transaction that is left open keeps the index entries of what is claimed after it began.
+#[test]
+fn a_claim_does_not_step_over_what_was_claimed_before_it() {
+    on_postgres(async |bed| {
+        let mut other = session(bed).await;
+        exec(
+            &mut other,
+            "begin isolation level repeatable read; select count(*) from leasehold.outbox_events",
+        )
+        .await;
+        let gone =
+            "insert into leasehold.outbox_events (event_type, destination_url, payload, next_attempt_at)
+             select 't', 'https://a.example', '{}', leasehold.early_now() - interval '1 minute'
+             from generate_series(1, 20000);
+             update leasehold.outbox_events set delivery_status = 'delivered'";
+        bed.run(gone).await.unwrap();
+        for _ in 0..20 {
+            bed.due().await;
+        }
+        let before = bed.now().before(Duration::from_secs(1)).as_micros();
+        let whole = buffers(&explain_claim(bed, 10, 1_000, "", START).await);
+        let front = buffers(&explain_claim(bed, 10, 1_000, "", &format!("{before}, 0")).await);
+        assert!(front * 2.0 < whole, "{front} buffers from the front, {whole} from the beginning");
+        exec(&mut other, "commit").await;
+    });
+}
+
 #[test]
 fn a_claim_touches_only_what_it_takes_without_statistics() {
     on_postgres(async |bed| {
@@ -640,7 +677,7 @@ fn a_claim_touches_only_what_it_takes_without_statistics() {
 }
 
 async fn assert_a_backlog_of_a_full_destination_is_not_read(bed: &Pg) {
-    let root = explain_claim(bed, 30, 20, "https://full.example").await;
+    let root = explain_claim(bed, 30, 20, "https://full.example", START).await;
     let mut all = Vec::new();
     nodes(&root, &mut all);
     let updated = all.iter().find(|node| node["Node Type"] == "ModifyTable").expect("an update");

@@ -70,6 +70,8 @@ pub struct Oracle {
     last_loss: Option<Micros>,
     /// When something last went wrong that may delay claims.
     quiet_since: Micros,
+    /// The longest that a claim was under way.
+    longest_claim: Micros,
     converge_by: Option<Micros>,
     roomy: bool,
     workers: Vec<Worker>,
@@ -95,6 +97,7 @@ impl Oracle {
             db_up: true,
             last_loss: None,
             quiet_since: 0,
+            longest_claim: 0,
             converge_by: setup.converge_by,
             roomy: setup.roomy,
             workers: Vec::new(),

@@ -73,6 +73,8 @@ named! {
         ExpiredUnderLock = "a lease ran out while its row was locked",
         /// Renewed after it had run out.
         RenewedExpired = "an expired lease was renewed by its holder",
+        /// An event that came into the queue long after it was due was taken.
+        CameLate = "an event that committed more than a second after it was due was taken",
         /// Settled after it had run out.
         SettledExpired = "an expired lease was settled by its holder",
     }

@@ -56,6 +56,12 @@ impl Terms {
         self.poll_interval.max(self.reclaim_grace / 2)
     }
 
+    /// How seldom claims may start at the beginning of the queue, if such a claim takes up to `took`: every other second, or
+    /// so that it takes a tenth of the time.
+    pub fn rescan_interval(&self, took: u64) -> u64 {
+        (10 * took.min(self.store_timeout)).max(2_000_000) + self.store_timeout
+    }
+
     /// A bound within which a single worker brings that many events to their ends once faults stop, with tries of at
     /// most `attempts` each, of which `poison` kill their worker `restart` microseconds long.
     pub fn convergence_bound(&self, events: u32, attempts: u32, poison: u32, restart: u64) -> u64 {
@@ -64,7 +70,11 @@ impl Terms {
             u64::from(self.max_in_flight.min(self.max_in_flight_per_destination).min(self.max_leased)).max(1);
         let rounds = u64::from(events).div_ceil(width);
         let wait = self.retry_max.max(self.retry_after_max);
-        let run_out = 2 * self.lease + self.reclaim_grace + 2 * self.search_interval() + turn;
+        let run_out = 2 * self.lease
+            + self.reclaim_grace
+            + 2 * self.search_interval()
+            + self.rescan_interval(self.store_timeout)
+            + turn;
         let deaths = u64::from(poison) * u64::from(self.reclaim_limit + 4);
         // What ran out too often is tried one at a time.
         let alone = u64::from(events) * (self.search_interval() + turn);

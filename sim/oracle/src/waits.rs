@@ -3,7 +3,10 @@
 use crate::fact::Micros;
 use crate::ledger::Worker;
 use crate::store::{Claim, PROBATION};
-use crate::{Invariant, Oracle, Verdict, ensure};
+use crate::{Invariant, Oracle, Sometimes, Verdict, ensure};
+
+/// What claims find that start where the last one ended.
+const LATE: i64 = 1_000_000;
 
 impl Oracle {
     /// Since when claims could have taken whatever is due: a worker knows the store and nothing has gone wrong.
@@ -47,7 +50,8 @@ impl Oracle {
         Ok(())
     }
 
-    /// **L3**: what is due is taken by the next poll.
+    /// **L3**: what is due is taken by the next poll, or by the next claim that starts at the beginning of the queue if it
+    /// came into it more than a second after it was due.
     pub(crate) fn check_wait(&mut self, claim: Claim, attempted: bool) -> Verdict {
         let event = &self.events[claim.event as usize];
         let Some(ready) = self.ready_since().filter(|_| attempted && event.reclaims < PROBATION) else {
@@ -58,8 +62,15 @@ impl Oracle {
         let overdue = u64::try_from(self.db.at(self.now) - event.due).unwrap_or(0);
         let poll =
             self.terms.iter().map(|terms| terms.poll_interval + 4 * terms.store_timeout).max().unwrap_or(0);
-        let bound =
-            (self.now - overdue.min(self.now)).max(event.freed_at).max(event.unlocked_at).max(ready) + poll;
+        let late = self.db.at(event.freed_at) - event.due > LATE;
+        let rescan =
+            self.terms.iter().map(|terms| terms.rescan_interval(self.longest_claim)).max().filter(|_| late);
+        let bound = (self.now - overdue.min(self.now)).max(event.freed_at).max(event.unlocked_at).max(ready)
+            + poll
+            + rescan.unwrap_or(0);
+        if late {
+            self.stats.saw(Sometimes::CameLate);
+        }
         ensure!(
             self,
             L3,

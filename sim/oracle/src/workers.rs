@@ -134,6 +134,9 @@ impl Oracle {
         }
         book.over = true;
         let Call { lane, sent, sent_local, mut applied, .. } = *book;
+        if lane == Lane::Claim {
+            self.longest_claim = self.longest_claim.max(self.now - sent);
+        }
         while applied != NONE {
             let link = self.links[applied as usize];
             let lease = &mut self.leases[link.lease as usize];
@@ -162,7 +165,10 @@ impl Oracle {
         let now = self.now;
         let book = &mut self.calls[call as usize];
         book.over = true;
-        let lane = book.lane;
+        let Call { lane, sent, .. } = *book;
+        if lane == Lane::Claim {
+            self.longest_claim = self.longest_claim.max(now - sent);
+        }
         let holder = &mut self.workers[worker as usize];
         let lane_book = &mut holder.lanes[lane.number()];
         lane_book.under_way = lane_book.under_way.saturating_sub(1);

@@ -5,8 +5,8 @@ use std::time::Duration;
 
 use leasehold::machine::{
     Answer, ClaimFailure, ClaimReply, ClaimRequest, ClaimTerms, DbTime, DestinationKey, Grant, Incarnation,
-    LeaseKey, OwnedReply, OwnedRequest, RenewReply, RenewRequest, RowId, Settle, SettleReply, SettleRequest,
-    Token, WorkerId,
+    LeaseKey, OwnedReply, OwnedRequest, Place, RenewReply, RenewRequest, RowId, Settle, SettleReply,
+    SettleRequest, Token, WorkerId,
 };
 use leasehold::ports::Message;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
@@ -54,15 +54,16 @@ macro_rules! structs {
 }
 structs! {
     ClaimTerms { lease, grace, retry_budget, reclaim_limit, expired }
-    ClaimRequest { owner, terms, limit, incarnation, probation, share, shares, count_pending, asleep }
+    ClaimRequest { owner, terms, limit, incarnation, probation, share, shares, from, count_pending, asleep }
     RenewRequest { owner, lease, keys, wait }
     SettleRequest { owner, entries }
     OwnedRequest { owner }
     LeaseKey { row, token }
+    Place { due, row }
     RenewReply { db_now, answers }
     SettleReply { db_now, answers }
     OwnedReply { db_now, keys }
-    ClaimReply { db_now, incarnation, searched_expired, grants, failed, next_due_in, any_pending }
+    ClaimReply { db_now, incarnation, searched_expired, grants, failed, front, next_due_in, any_pending }
 }
 
 /// Something that is written as something simpler.

@@ -1,7 +1,8 @@
 -- Rules P1, P10, P11, P13 in one statement. $1 owner, $2 L and $3 G in microseconds, $4 search for expired leases,
 -- $5 the incarnation known, $6 reclaim limit, $7 retry budget, $8 limit, $9 room for events on probation, $10 share per
 -- destination, $11 and $12 destinations with leases held and their room, $13 largest payload, $14 payload in all,
--- $15 whether to say if anything is pending.
+-- $15 whether to say if anything is pending, $16 and $17 errors of what it fails, $18 and $19 the due time in microseconds
+-- and the id ahead of which fresh events are passed over.
 with recursive
 server as materialized (
     select
@@ -63,12 +64,15 @@ probation as materialized (
 ),
 -- The front of the queue, whoever it is for, without what others have locked: claims that meet there take a part each.
 -- To leave out the rows of full destinations here would be to read all of their backlog at every claim: they count
--- towards the limit, and what they displace is reached further below.
+-- towards the limit, and what they displace is reached further below. To start at the beginning would be to step over all
+-- that was claimed since the oldest transaction still open began: until it ends, their index entries stay.
 fresh as materialized (
     select id, destination_key, next_attempt_at, pg_column_size(payload) as stored, 2 as turn, false as probation
     from leasehold.outbox_events
     where delivery_status = 'pending' and lease_owner is null and reclaims < 3
         and next_attempt_at <= leasehold.early_now()
+        and (next_attempt_at, id) >=
+            (coalesce('epoch'::timestamptz + $18 * interval '1 microsecond', '-infinity'), $19)
     order by next_attempt_at, id
     limit $8
     for no key update skip locked
@@ -115,6 +119,8 @@ destinations as (
     (
         select destination_key from leasehold.outbox_events
         where delivery_status = 'pending' and lease_owner is null and reclaims < 3
+            and (next_attempt_at, id) >=
+                (coalesce('epoch'::timestamptz + $18 * interval '1 microsecond', '-infinity'), $19)
             and (select events from missing) > 0
         order by destination_key
         limit 1
@@ -123,6 +129,8 @@ destinations as (
     select (
         select event.destination_key from leasehold.outbox_events as event
         where event.delivery_status = 'pending' and event.lease_owner is null and event.reclaims < 3
+            and (event.next_attempt_at, event.id) >=
+                (coalesce('epoch'::timestamptz + $18 * interval '1 microsecond', '-infinity'), $19)
             and event.destination_key > destinations.destination_key
         order by event.destination_key
         limit 1
@@ -142,6 +150,8 @@ more as materialized (
             and next_attempt_at <= leasehold.early_now()
             -- Not `=`: then the index on the due time alone would give this order too, and read the backlog of others.
             and outbox_events.destination_key between destinations.destination_key and destinations.destination_key
+            and (next_attempt_at, id) >=
+                (coalesce('epoch'::timestamptz + $18 * interval '1 microsecond', '-infinity'), $19)
             and id <> all (array(select first_picked.id from first_picked))
         order by outbox_events.destination_key, next_attempt_at, id
         limit greatest(coalesce(room, $10) - coalesce(taken.events, 0), 0)
@@ -215,9 +225,23 @@ claimed as (
     returning event.id, event.lease_token, event.reclaims, spent, reclaimed, place,
         event.event_id, event.event_type, event.destination_url, event.destination_key, event.attempts,
         event.max_attempts, bytes, case when spent is null and bytes <= $13 then event.payload::text end as body
+),
+-- The front of the queue as this claim leaves it, locked or not: where the next one may start.
+front as materialized (
+    select next_attempt_at as due, id
+    from leasehold.outbox_events
+    where delivery_status = 'pending' and lease_owner is null and reclaims < 3
+        and next_attempt_at <= leasehold.early_now()
+        and (next_attempt_at, id) >=
+            (coalesce('epoch'::timestamptz + $18 * interval '1 microsecond', '-infinity'), $19)
+        and id not in (select granted.id from granted)
+    order by next_attempt_at, id
+    limit 1
 )
 select
     (extract(epoch from leasehold.late_now()) * 1000000)::bigint as db_now,
+    (extract(epoch from coalesce(front.due, server.early)) * 1000000)::bigint as front_due,
+    coalesce(front.id, 9223372036854775807) as front_id,
     server.incarnation,
     search.expired as searched,
     case
@@ -245,4 +269,4 @@ select
                 and id <> all (array(select granted.id from granted where spent is not null)))
     end as any_pending,
     claimed.*
-from server cross join search left join claimed on true
+from server cross join search left join front on true left join claimed on true

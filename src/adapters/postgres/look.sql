@@ -1,8 +1,11 @@
--- What a claim answers when nothing is due, at a fraction of its cost; no row when something is.
+-- What a claim answers when nothing is due, at a fraction of its cost; no row when something is. $1 and $2 the due time in
+-- microseconds and the id ahead of which fresh events are passed over.
 select
     (extract(epoch from leasehold.late_now()) * 1000000)::bigint as db_now,
     (extract(epoch from pg_postmaster_start_time()) * 1000000)::bigint::text
         || '/' || substr(pg_walfile_name(pg_current_wal_lsn()), 1, 8) as incarnation,
+    (extract(epoch from leasehold.early_now()) * 1000000)::bigint as front_due,
+    9223372036854775807 as front_id,
     false as searched,
     (
         select (extract(epoch from next_attempt_at - leasehold.early_now()) * 1000000)::bigint
@@ -19,6 +22,8 @@ where
         select from leasehold.outbox_events
         where delivery_status = 'pending' and lease_owner is null and reclaims < 3
             and next_attempt_at <= leasehold.early_now()
+            and (next_attempt_at, id) >=
+                (coalesce('epoch'::timestamptz + $1 * interval '1 microsecond', '-infinity'), $2)
     )
     and not exists (
         select from leasehold.outbox_events

@@ -25,7 +25,7 @@ use self::error::{after_send, not_connected, text};
 use super::store::{CLAIM_BYTES, NewEvent, Status, StoreError, clean};
 use crate::machine::{
     Answer, ClaimFailure, ClaimReply, ClaimRequest, DbTime, DestinationKey, Grant, Incarnation, LeaseKey,
-    OwnedReply, OwnedRequest, RenewReply, RenewRequest, RowId, Settle, SettleReply, SettleRequest,
+    OwnedReply, OwnedRequest, Place, RenewReply, RenewRequest, RowId, Settle, SettleReply, SettleRequest,
     StoreFault, Token, Unsendable, WorkerId,
 };
 use crate::ports::{Claimed, Message, Outbox};
@@ -368,8 +368,11 @@ fn unreadable(error: &sqlx::Error) -> StoreFault {
 impl Outbox for Postgres {
     async fn claim(&self, request: ClaimRequest) -> Result<Claimed, StoreFault> {
         self.say_asleep(&request.owner, request.asleep).await;
+        let from_due = request.from.map(|place| place.due.as_micros());
+        let from_id = request.from.map_or(i64::MIN, |place| place.row.0);
         if self.caught_up.load(Ordering::Relaxed) && !request.terms.expired && !request.count_pending {
-            let rows = self.call(&self.claims, sqlx::query(LOOK)).await?;
+            let look = sqlx::query(LOOK).bind(from_due).bind(from_id);
+            let rows = self.call(&self.claims, look).await?;
             if !rows.is_empty() {
                 return read_claim(&rows).map_err(|error| unreadable(&error));
             }
@@ -393,7 +396,9 @@ impl Outbox for Postgres {
             .bind(CLAIM_BYTES)
             .bind(request.count_pending)
             .bind(ClaimFailure::AttemptsSpent.last_error())
-            .bind(ClaimFailure::ReclaimsSpent.last_error());
+            .bind(ClaimFailure::ReclaimsSpent.last_error())
+            .bind(from_due)
+            .bind(from_id);
         let rows = self.call(&self.claims, query).await?;
         let claimed = read_claim(&rows).map_err(|error| unreadable(&error))?;
         let ClaimReply { grants, failed, next_due_in, .. } = &claimed.reply;
@@ -528,12 +533,17 @@ fn read_answers(rows: &[PgRow]) -> Result<(DbTime, Vec<(LeaseKey, Answer)>), sql
 fn read_claim(rows: &[PgRow]) -> Result<Claimed, sqlx::Error> {
     let header = rows.first().ok_or(sqlx::Error::RowNotFound)?;
     let next_due_in: Option<i64> = header.try_get("next_due_in")?;
+    let front = Place {
+        due: DbTime::from_micros(header.try_get("front_due")?),
+        row: RowId(header.try_get("front_id")?),
+    };
     let mut reply = ClaimReply {
         db_now: DbTime::from_micros(header.try_get("db_now")?),
         incarnation: Incarnation::new(header.try_get::<String, _>("incarnation")?),
         searched_expired: header.try_get::<Option<bool>, _>("searched")?.unwrap_or(false),
         grants: Vec::new(),
         failed: Vec::new(),
+        front: Some(front),
         next_due_in: next_due_in.map(|micros| Duration::from_micros(u64::try_from(micros).unwrap_or(0))),
         any_pending: header.try_get("any_pending")?,
     };

@@ -185,6 +185,8 @@ pub(super) async fn claim(store: &Sqlite, request: &ClaimRequest) -> Result<Clai
         searched_expired: search,
         grants: Vec::new(),
         failed: Vec::new(),
+        // What was claimed leaves its indexes at once.
+        front: None,
         next_due_in: None,
         any_pending: None,
     };

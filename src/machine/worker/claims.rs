@@ -8,19 +8,49 @@ use core::time::Duration;
 use super::super::id::{DestinationKey, LeaseKey, RequestId};
 use super::super::io::{
     Action, AttemptResult, ClaimReply, ClaimRequest, CycleSummary, EmbargoCause, Grant, HeartbeatEnd,
-    Observation, OwnedReply, OwnedRequest, StoreCall, StoreFault, Unsendable,
+    Observation, OwnedReply, OwnedRequest, Place, StoreCall, StoreFault, Unsendable,
 };
 use super::super::row::{ClaimTerms, PROBATION_RECLAIMS};
-use super::super::time::Moment;
+use super::super::time::{DbTime, Moment};
 use super::{Cycle, Heartbeat, Held, Outcome, Phase, Worker};
 
 /// How long a worker polls eagerly after it found something: long enough that under load none ever sleeps.
 const AWAKE: Duration = Duration::from_secs(1);
 
+/// What commits up to that long after it fell due, as producers' transactions do, is found by the next claim.
+const LATE: Duration = Duration::from_secs(1);
+
+/// How often claims start at the beginning of the queue, for what came into it later still.
+const RESCAN: Duration = Duration::from_secs(2);
+
+/// Such claims take a tenth of the time at the most.
+const RESCAN_SHARE: u32 = 10;
+
+/// When claims start at the beginning of the queue, and not where the last one left its front.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+struct Rescan {
+    soonest: Moment,
+    at: Moment,
+    /// Something may have come in far ahead of the front.
+    asked: bool,
+}
+
+impl Rescan {
+    fn is_due(&self, now: Moment) -> bool {
+        now >= if self.asked { self.soonest } else { self.at }
+    }
+
+    fn done(&mut self, now: Moment, took: Duration) {
+        self.soonest = now.after(took * RESCAN_SHARE);
+        self.at = self.soonest.max(now.after(RESCAN));
+    }
+}
+
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 struct UnderWay {
     request: RequestId,
     sent: Moment,
+    from: Option<Place>,
     limit: u32,
     shares: BTreeMap<DestinationKey, u32>,
 }
@@ -35,6 +65,9 @@ pub(super) struct Claims {
     awake_until: Moment,
     /// The last claim was full: there is likely more.
     backlog: bool,
+    /// Nothing fresh is left ahead of this place, as far as claims saw.
+    front: Option<Place>,
+    rescan: Rescan,
     /// A destination whose share limited the last claim has room again.
     pub(super) refill: bool,
     /// The next search for expired leases.
@@ -56,6 +89,8 @@ impl Claims {
             at: now,
             awake_until: now.after(AWAKE),
             backlog: false,
+            front: None,
+            rescan: Rescan { soonest: now, at: now, asked: false },
             refill: false,
             search_at: now,
             embargo_until: Moment::default(),
@@ -80,6 +115,13 @@ impl Claims {
 impl Worker {
     pub(super) fn hint(&mut self) {
         self.claims.at = self.now;
+        // Whoever woke this worker may have committed late.
+        self.rescan_soon();
+    }
+
+    /// Something may have come in far ahead of the front.
+    pub(super) fn rescan_soon(&mut self) {
+        self.claims.rescan.asked = true;
     }
 
     /// How many more leases may be asked for (rule P13).
@@ -141,6 +183,11 @@ impl Worker {
             .iter()
             .map(|(name, destination)| (name.clone(), share.saturating_sub(destination.held)))
             .collect();
+        // What has emptied the outbox is seen from its beginning.
+        let rescan = self.claims.rescan.is_due(self.now) && !planted!(self, FrontKept)
+            || self.settings.until_empty && !self.claims.backlog;
+        let from = self.claims.front.filter(|_| !rescan);
+        self.claims.rescan.asked &= from.is_some();
         let request = self.next_request();
         let claim = ClaimRequest {
             owner: self.id.clone(),
@@ -156,11 +203,12 @@ impl Worker {
             probation: if planted!(self, ProbationTogether) { limit } else { u32::from(self.probation == 0) },
             share,
             shares: shares.iter().map(|(name, room)| (name.clone(), *room)).collect(),
-            count_pending: self.settings.until_empty,
+            from,
+            count_pending: self.settings.until_empty && from.is_none(),
             asleep: self.claims.awake_until <= self.now,
         };
         self.claims.refill = false;
-        self.claims.under_way = Some(UnderWay { request, sent: self.now, limit, shares });
+        self.claims.under_way = Some(UnderWay { request, sent: self.now, from, limit, shares });
         self.actions.push_back(Action::Claim(request, claim));
     }
 
@@ -175,6 +223,11 @@ impl Worker {
         }
         self.claims.at = self.now.after(poll);
         self.claims.backlog = false;
+        if under_way.from.is_none() {
+            // However long this process was stopped.
+            let took = self.now.since(under_way.sent).min(self.timing().store_timeout());
+            self.claims.rescan.done(self.now, if planted!(self, RescanSeldom) { took * 20 } else { took });
+        }
         match reply {
             Ok(reply) => self.take(&under_way, reply),
             Err(fault) => {
@@ -216,8 +269,11 @@ impl Worker {
         self.claims.searched |= reply.searched_expired;
         if self.incarnation.as_ref().is_some_and(|known| *known != reply.incarnation) {
             self.embargo(EmbargoCause::NewIncarnation);
+            // What it has forgotten may be anywhere in the queue.
+            self.rescan_soon();
         }
         self.incarnation = Some(reply.incarnation);
+        self.advance(under_way, reply.db_now, reply.front);
         let found = u32::try_from(reply.grants.len() + reply.failed.len()).unwrap_or(u32::MAX);
         self.claims.backlog = found >= under_way.limit;
         if found > 0 {
@@ -252,6 +308,14 @@ impl Worker {
         if reply.any_pending == Some(false) && self.leases.is_empty() {
             self.shutdown();
         }
+    }
+
+    /// Where the next claim starts. Never so late that it would pass over what falls due from [`LATE`] before the start
+    /// of this one on: a clock that was set back takes the front back with it.
+    fn advance(&mut self, under_way: &UnderWay, db_now: DbTime, front: Option<Place>) {
+        let latest = Place::ahead_of(db_now.before(self.now.since(under_way.sent) + LATE));
+        let latest = if planted!(self, FrontAtNow) { Place::behind(db_now) } else { latest };
+        self.claims.front = front.map(|front| front.min(latest));
     }
 
     fn hold(&mut self, under_way: &UnderWay, grant: Grant) {

@@ -182,6 +182,10 @@ impl Worker {
         match answer {
             Answer::Applied | Answer::Ended => {
                 self.observe_settled(key, kind, status, answer == Answer::Ended);
+                if kind == SettleKind::Release {
+                    // It falls due when it did before.
+                    self.rescan_soon();
+                }
                 self.drop_lease(key, why, Some(kind));
             }
             // **P9**: counted and logged, never silent. Giving back what is gone already is nothing to speak of.

@@ -29,6 +29,8 @@ enum Work {
     Open { requests: u32 },
     /// That many leases are held and renewed, while nothing is delivered.
     Held { leases: u32, seconds: u32 },
+    /// There is always more, and somebody leaves a transaction open, or nobody.
+    Endless { open: bool, seconds: u32 },
 }
 
 pub(crate) fn all(events: u32) -> Vec<Scenario> {
@@ -47,6 +49,11 @@ pub(crate) fn all(events: u32) -> Vec<Scenario> {
     let open = Work::Open { requests: 10_000 };
     all.push(Scenario { name: "10,000 requests open for 60 s".into(), workers: 1, work: open });
     let held = Work::Held { leases: 100_000, seconds: 60 };
+    for (name, open) in [("10 minutes of full load", false), ("10 minutes beside an open transaction", true)]
+    {
+        let work = Work::Endless { open, seconds: 600 };
+        all.push(Scenario { name: name.into(), workers: 1, work });
+    }
     all.push(Scenario { name: "100,000 leases held".into(), workers: 1, work: held });
     all
 }
@@ -143,7 +150,48 @@ async fn watch_held(pool: &PgPool, leases: u32, seconds: u32) -> anyhow::Result<
     Ok(())
 }
 
+/// Says how many deliveries a second came in each minute.
+async fn watch_endless(
+    pool: &PgPool,
+    ok: &str,
+    receiver: &Receiver,
+    open: bool,
+    seconds: u32,
+) -> anyhow::Result<()> {
+    const BACKLOG: u64 = 20_000;
+    let mut other = pool.begin().await?;
+    if open {
+        sqlx::raw_sql(
+            "set transaction isolation level repeatable read; select count(*) from leasehold.outbox_events",
+        )
+        .execute(&mut *other)
+        .await?;
+    }
+    let (mut inserted, mut delivered) = (0, 0);
+    for minute in 1..=seconds / 60 {
+        let (start, before) = (Instant::now(), delivered);
+        while start.elapsed() < Duration::from_secs(60) {
+            delivered += receiver.take().requests;
+            if inserted < delivered + BACKLOG {
+                let ids = (inserted..inserted + BACKLOG / 4).map(|k| format!("event_{k}")).collect();
+                insert(pool, ids, ok).await?;
+                inserted += BACKLOG / 4;
+            }
+            sleep(Duration::from_millis(100)).await;
+        }
+        let rate = (delivered - before) as f64 / start.elapsed().as_secs_f64();
+        eprintln!("minute {minute}: {rate:.0} deliveries/s");
+    }
+    other.rollback().await?;
+    Ok(())
+}
+
 impl Scenario {
+    /// Whether it takes much longer than the others.
+    pub(crate) fn is_long(&self) -> bool {
+        matches!(self.work, Work::Endless { .. })
+    }
+
     pub(crate) async fn run(&self, server: &str, receiver: &Receiver) -> anyhow::Result<Figures> {
         let admin = PgPool::connect(server).await?;
         for sql in [
@@ -184,13 +232,16 @@ impl Scenario {
             match self.work {
                 Work::Open { .. } => worker.envs(OPEN),
                 Work::Held { .. } => worker.envs(HELD),
+                Work::Endless { .. } => {
+                    worker.envs(DRAIN).env("LEASEHOLD_MAX_IN_FLIGHT_PER_DESTINATION", "512")
+                }
                 _ => &mut worker,
             };
             workers.push(worker.spawn().context("leasehold lies beside this program: build both")?);
         }
         let ids: Vec<u32> = workers.iter().filter_map(Child::id).collect();
         match self.work {
-            Work::Drain { .. } | Work::Open { .. } => {}
+            Work::Drain { .. } | Work::Open { .. } | Work::Endless { .. } => {}
             // They sleep by then.
             Work::Trickle { .. } | Work::Idle { .. } => sleep(Duration::from_secs(3)).await,
             Work::Held { leases, .. } => until_held(&pool, leases).await?,
@@ -214,7 +265,7 @@ impl Scenario {
         }
         pool.close().await;
 
-        if let Work::Idle { .. } | Work::Held { .. } = self.work {
+        if let Work::Idle { .. } | Work::Held { .. } | Work::Endless { .. } = self.work {
             // By the second, not by the delivery.
             return Ok(Figures {
                 per_second: 0.0,
@@ -264,6 +315,10 @@ impl Scenario {
                 return Ok(receiver.take());
             }
             Work::Open { requests } => requests,
+            Work::Endless { open, seconds } => {
+                watch_endless(pool, ok, receiver, open, seconds).await?;
+                return Ok(receiver.take());
+            }
             Work::Held { leases, seconds } => {
                 watch_held(pool, leases, seconds).await?;
                 return Ok(receiver.take());
