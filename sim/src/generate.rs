@@ -181,8 +181,12 @@ fn make_slots(rng: &mut Rng, profile: Profile, settings: usize, lease: u64) -> V
         _ => 0,
     };
     let slots = rng.within(1, 4).max(if profile == Profile::Liveness { 2 } else { 1 });
-    let slot = |_| Slot {
-        settings: rng.below(settings as u64) as usize,
+    let slot = |slot: u64| Slot {
+        settings: match profile {
+            // Old and new side by side.
+            Profile::Deploy => slot as usize % settings,
+            _ => rng.below(settings as u64) as usize,
+        },
         starts: if rng.percent(60) { rng.below(50 * MS) } else { rng.below(lease) },
         clock: rng.spread(1, 1 << 40),
         ppm: rng.within(0, 2 * drift) as i32 - drift as i32,
@@ -342,6 +346,11 @@ fn add_faults(schedule: &Schedule, rng: &mut Rng, faults: &mut Vec<Timed>) {
                 let lasts = rng.spread(10 * MS, 2 * lease);
                 faults.push(Timed { at, lasts, fault: Fault::Drain(slot) });
                 at += rng.within(0, lease);
+            }
+            if schedule.settings.len() > 1 && rng.percent(60) {
+                // The new ones find what the old one has left: tries spent, as they count.
+                let at = rng.below(schedule.heal_at / 2);
+                faults.push(Timed { at, lasts: 3 * lease, fault: Fault::Crash(0) });
             }
             for class in [C::Drain, C::Manner, C::LostReply, C::Loss, C::Pause, C::Crash, C::CrashOnAnswer] {
                 if rng.percent(50) {

@@ -9,6 +9,7 @@ use sqlx::{PgConnection, Row};
 use crate::bed::{FENCE_MARGIN, GRACE, LEASE, POLL, STORE_TIMEOUT, Stalls};
 use crate::common::Seen;
 use crate::faults::{Disturbance, Fault};
+use crate::rooms::Rooms;
 
 /// What the judge is shown.
 pub(crate) struct Evidence<'a> {
@@ -52,9 +53,11 @@ pub(crate) struct Verdict {
     /// Pairs of requests for one event open at once, of workers that were stopped or cut off from the destination.
     pub(crate) overlaps: usize,
     pub(crate) takeovers: usize,
-    /// The longest that a takeover came after lease and grace, or after the embargo that follows an outage, in
-    /// microseconds.
+    /// The longest that one worker had room for a lease after its end and grace, or after the embargo that follows an
+    /// outage, before it was taken, in microseconds.
     pub(crate) latest_takeover: i64,
+    /// Of these, those that had to wait until a worker had room for the destination.
+    pub(crate) crowded_takeovers: usize,
     /// The longest until work went on after an outage, in microseconds.
     pub(crate) latest_resume: i64,
     /// Requests whose leases a failover forgot.
@@ -87,8 +90,8 @@ impl fmt::Display for Verdict {
         let faults: Vec<String> = self.faults.iter().map(|(name, count)| format!("{count} {name}")).collect();
         write!(
             f,
-            "{} events, {} requests, {} duplicates, {} broken off, {} excused overlaps, {} forgotten; {} takeovers, the \
-             latest {} ms after lease and grace; work resumed within {} ms; \
+            "{} events, {} requests, {} duplicates, {} broken off, {} excused overlaps, {} forgotten; {} takeovers, {} \
+             of them for want of room, the latest {} ms after lease and grace; work resumed within {} ms; \
              starved for {} ms; memory {} to {} KiB; faults: {}",
             self.events,
             self.requests,
@@ -97,6 +100,7 @@ impl fmt::Display for Verdict {
             self.overlaps,
             self.forgotten,
             self.takeovers,
+            self.crowded_takeovers,
             self.latest_takeover / 1_000,
             self.latest_resume / 1_000,
             self.starved / 1_000,
@@ -338,18 +342,19 @@ impl Judge {
     async fn takeovers(&mut self, connection: &mut PgConnection) {
         let rows = sqlx::query(
             "select event, old_owner, (extract(epoch from old_until) * 1000000)::bigint,
-                 (extract(epoch from at) * 1000000)::bigint
+                 (extract(epoch from at) * 1000000)::bigint, destination
              from chaos.history where owner <> old_owner",
         )
-        .fetch_all(connection)
+        .fetch_all(&mut *connection)
         .await
         .expect("the history");
         self.verdict.takeovers = rows.len();
         let grace = micros(GRACE);
         let search = micros(POLL).max(grace / 2);
+        let rooms = Rooms::of(connection, search).await;
         for row in rows {
-            let (event, owner, until, at): (String, String, i64, i64) =
-                (row.get(0), row.get(1), row.get(2), row.get(3));
+            let (event, owner, until, at, destination): (String, String, i64, i64, String) =
+                (row.get(0), row.get(1), row.get(2), row.get(3), row.get(4));
             let owner = owner.rsplit_once('-').map_or("", |(name, _)| name);
             if at < until + grace {
                 self.wrong(format!(
@@ -370,8 +375,10 @@ impl Judge {
             });
             let free =
                 held_up.map(|one| one.end + RESUMES_WITHIN + LEASE_MICROS).fold(until + grace, i64::max);
-            let late = at - free;
+            // Only who has room for the destination takes any of it.
+            let late = if at > free { rooms.longest(&destination, free, at).max(0) } else { 0 };
             self.verdict.latest_takeover = self.verdict.latest_takeover.max(late);
+            self.verdict.crowded_takeovers += usize::from(at - free > late + micros(POLL));
             if late > search + 1_000_000 + self.stalls.between(free, at) {
                 self.wrong(format!("{event} of {owner} was taken {} ms late", late / 1_000));
             }

@@ -14,6 +14,7 @@ mod limits;
 #[path = "../../src/demo/postgres_binaries.rs"]
 mod postgres_binaries;
 mod proxy;
+mod rooms;
 mod server;
 
 use std::time::Duration;

@@ -537,6 +537,35 @@ fn scans_from_the_beginning_take_a_tenth_of_the_time() {
 }
 
 #[test]
+fn a_scan_that_failed_is_made_again_soon_and_then_ever_later() {
+    let timeout = timing(30 * SECOND).store_timeout();
+    let mut bed = Bed::new(settings());
+    bed.run(1_990 * MS);
+    let mut waits = Vec::new();
+    for _ in 0..6 {
+        let start = bed.now;
+        let request = loop {
+            bed.now = bed.now.max(bed.worker.next_wakeup().expect("it polls"));
+            let action = bed
+                .wake()
+                .into_iter()
+                .find(|action| matches!(action, Action::Claim(_, claim) if claim.from.is_none()));
+            match action {
+                Some(action) => break Bed::request_of(&action),
+                None => bed.answer_all(),
+            }
+        };
+        waits.push(bed.now.since(start).as_secs());
+        bed.pending.clear();
+        bed.now = bed.now.after(timeout);
+        let reply = Err(StoreFault::NotApplied { error: String::new() });
+        bed.give(Input::Claimed { request, reply });
+        bed.answer_all();
+    }
+    assert_eq!(waits, [0, 5, 10, 20, 40, 50]);
+}
+
+#[test]
 fn a_hint_a_new_server_and_a_clock_set_back_lead_to_the_beginning() {
     let mut bed = Bed::new(settings());
     bed.run(500 * MS);

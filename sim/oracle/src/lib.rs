@@ -70,6 +70,8 @@ pub struct Oracle {
     last_loss: Option<Micros>,
     /// When something last went wrong that may delay claims.
     quiet_since: Micros,
+    /// What the database's clock showed at the most before it was stepped.
+    db_highest: DbMicros,
     /// The longest that a claim was under way.
     longest_claim: Micros,
     converge_by: Option<Micros>,
@@ -97,6 +99,7 @@ impl Oracle {
             db_up: true,
             last_loss: None,
             quiet_since: 0,
+            db_highest: DbMicros::MIN,
             longest_claim: 0,
             converge_by: setup.converge_by,
             roomy: setup.roomy,
@@ -196,6 +199,7 @@ impl Oracle {
                 Ok(())
             }
             Fact::DbStepped { by } => {
+                self.db_highest = self.db_highest.max(self.db.at(at));
                 self.db.step(at, by);
                 self.quiet_since = at;
                 if self.events.iter().any(|event| event.lease != NONE) {

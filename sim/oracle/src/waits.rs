@@ -51,7 +51,7 @@ impl Oracle {
     }
 
     /// **L3**: what is due is taken by the next poll, or by the next claim that starts at the beginning of the queue if it
-    /// came into it more than a second after it was due.
+    /// came into it more than a second after it was due, by the most that the database's clock ever showed.
     pub(crate) fn check_wait(&mut self, claim: Claim, attempted: bool) -> Verdict {
         let event = &self.events[claim.event as usize];
         let Some(ready) = self.ready_since().filter(|_| attempted && event.reclaims < PROBATION) else {
@@ -62,7 +62,7 @@ impl Oracle {
         let overdue = u64::try_from(self.db.at(self.now) - event.due).unwrap_or(0);
         let poll =
             self.terms.iter().map(|terms| terms.poll_interval + 4 * terms.store_timeout).max().unwrap_or(0);
-        let late = self.db.at(event.freed_at) - event.due > LATE;
+        let late = self.db.at(event.freed_at).max(self.db_highest) - event.due > LATE;
         let rescan =
             self.terms.iter().map(|terms| terms.rescan_interval(self.longest_claim)).max().filter(|_| late);
         let bound = (self.now - overdue.min(self.now)).max(event.freed_at).max(event.unlocked_at).max(ready)

@@ -33,6 +33,8 @@ struct Rescan {
     at: Moment,
     /// Something may have come in far ahead of the front.
     asked: bool,
+    /// How many of them had no answer, in a row.
+    failures: u32,
 }
 
 impl Rescan {
@@ -40,8 +42,11 @@ impl Rescan {
         now >= if self.asked { self.soonest } else { self.at }
     }
 
-    fn done(&mut self, now: Moment, took: Duration) {
-        self.soonest = now.after(took * RESCAN_SHARE);
+    /// One that failed may have been cut off, and says little of how long they take, unless they go on failing.
+    fn done(&mut self, now: Moment, took: Duration, failed: bool) {
+        self.failures = if failed { self.failures.saturating_add(1) } else { 0 };
+        let share = if failed { 1 << (self.failures - 1).min(4) } else { RESCAN_SHARE };
+        self.soonest = now.after(took * share.min(RESCAN_SHARE));
         self.at = self.soonest.max(now.after(RESCAN));
     }
 }
@@ -90,7 +95,7 @@ impl Claims {
             awake_until: now.after(AWAKE),
             backlog: false,
             front: None,
-            rescan: Rescan { soonest: now, at: now, asked: false },
+            rescan: Rescan { soonest: now, at: now, asked: false, failures: 0 },
             refill: false,
             search_at: now,
             embargo_until: Moment::default(),
@@ -226,7 +231,8 @@ impl Worker {
         if under_way.from.is_none() {
             // However long this process was stopped.
             let took = self.now.since(under_way.sent).min(self.timing().store_timeout());
-            self.claims.rescan.done(self.now, if planted!(self, RescanSeldom) { took * 20 } else { took });
+            let took = if planted!(self, RescanSeldom) { took * 20 } else { took };
+            self.claims.rescan.done(self.now, took, reply.is_err());
         }
         match reply {
             Ok(reply) => self.take(&under_way, reply),
