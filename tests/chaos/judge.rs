@@ -376,7 +376,7 @@ impl Judge {
             let free =
                 held_up.map(|one| one.end + RESUMES_WITHIN + LEASE_MICROS).fold(until + grace, i64::max);
             // Only who has room for the destination takes any of it.
-            let late = if at > free { rooms.longest(&destination, free, at).max(0) } else { 0 };
+            let late = rooms.longest(&destination, free, at);
             self.verdict.latest_takeover = self.verdict.latest_takeover.max(late);
             self.verdict.crowded_takeovers += usize::from(at - free > late + micros(POLL));
             if late > search + 1_000_000 + self.stalls.between(free, at) {

@@ -87,6 +87,6 @@ impl Rooms {
     /// The longest between two moments, in microseconds, that one worker had room for the destination.
     pub(crate) fn longest(&self, destination: &str, begin: i64, end: i64) -> i64 {
         let spans = self.0.get(destination).map_or(&[][..], Vec::as_slice);
-        spans.iter().map(|(since, until)| end.min(*until) - begin.max(*since)).max().unwrap_or(0)
+        spans.iter().map(|(since, until)| end.min(*until) - begin.max(*since)).max().unwrap_or(0).max(0)
     }
 }
