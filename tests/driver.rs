@@ -81,6 +81,7 @@ impl Outbox for FakeOutbox {
             grants: grants.collect(),
             failed: vec![],
             front: None,
+            leases_front: None,
             next_due_in: None,
             any_pending: Some(self.settled.lock().expect("no panic").is_empty()),
         };

@@ -82,6 +82,7 @@ impl Bench {
             searched_expired: false,
             failed: Vec::new(),
             front: None,
+            leases_front: None,
             next_due_in: None,
             any_pending: None,
         }

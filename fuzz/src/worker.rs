@@ -128,6 +128,7 @@ fn input(command: &Command) -> Option<Input> {
                 failed: Vec::new(),
                 front: (third % 5 < 3)
                     .then_some(Place { due: DbTime::from_micros(third), row: RowId(second) }),
+                leases_front: (third % 5 < 3).then_some(Token(fourth)),
                 next_due_in: (third % 3 == 0).then_some(Duration::from_micros(fourth.unsigned_abs())),
                 any_pending: (third % 3 == 1).then_some(second % 2 == 0),
             }),

@@ -73,8 +73,9 @@ create index outbox_events_due_by_destination on leasehold.outbox_events (destin
 -- Events on probation.
 create index outbox_events_probation on leasehold.outbox_events (next_attempt_at, id)
     where delivery_status = 'pending' and lease_owner is null and reclaims >= 3;
--- Leased events: the source of the search for expired leases, and what an owner holds.
-create index outbox_events_leased on leasehold.outbox_events (lease_owner, id)
+-- Leased events, in the order of their claims as far as the clock goes forward: the source of the search for expired
+-- leases.
+create index outbox_events_leased on leasehold.outbox_events (lease_token)
     where lease_owner is not null;
 
 -- Delivered events that left the queue, by the UTC day of their delivery. Days are added and dropped by workers, whose

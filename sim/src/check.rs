@@ -227,6 +227,7 @@ impl State {
                     grants: Vec::new(),
                     failed: Vec::new(),
                     front: None,
+                    leases_front: None,
                     next_due_in: None,
                     any_pending: None,
                 };

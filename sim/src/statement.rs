@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use leasehold::machine::{
     ClaimReply, ClaimRequest, DbTime, OwnedReply, OwnedRequest, Place, RenewReply, RenewRequest, SettleReply,
-    SettleRequest,
+    SettleRequest, Token,
 };
 
 /// What a statement asks for.
@@ -62,6 +62,8 @@ pub(crate) struct Statement {
     pub(crate) picked: Vec<(u8, u32)>,
     /// A claim: the front of the queue as it leaves it.
     pub(crate) front: Option<Place>,
+    /// A claim that searches: the lowest token of the leases that it looks at.
+    pub(crate) leases_front: Option<Token>,
     /// A claim: when it began, how long until the next event was due.
     pub(crate) next_due_in: Option<Duration>,
     /// A claim: when it began, how many events were pending.
@@ -83,6 +85,7 @@ impl Statement {
             candidates: Vec::new(),
             picked: Vec::new(),
             front: None,
+            leases_front: None,
             next_due_in: None,
             pending: 0,
         }

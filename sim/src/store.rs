@@ -4,7 +4,7 @@
 use leasehold::machine::{
     Answer, ClaimAnswer, ClaimFailure, ClaimReply, ClaimRequest, ClaimTerms, DbClock, DbTime, DestinationKey,
     Grant, Incarnation, LeaseKey, OwnedReply, Place, RenewReply, RenewRequest, Row, RowId, Settle,
-    SettleReply, SettleRequest, Status, WorkerId,
+    SettleReply, SettleRequest, Status, Token, WorkerId,
 };
 use sim_oracle::{DbClockModel, Fact};
 use std::time::Duration;
@@ -191,13 +191,19 @@ impl Store {
         statement.searched = request.terms.expired && long_up && known;
         let terms = self.terms(request, statement.searched);
         statement.candidates.clear();
-        let mut next_due = None;
+        let (mut next_due, mut leases_front) = (None, Token(i64::MAX));
         let mut consider = |row: u32| {
             let state = &self.rows[row as usize];
             let (leased, probation, due) =
                 (state.lease.is_some(), state.on_probation(), state.next_attempt_at);
             if !leased && !probation && due > early {
                 next_due = Some(next_due.map_or(due, |next: DbTime| next.min(due)));
+            }
+            if leased && request.leases_from.is_some_and(|from| state.token < from) {
+                return;
+            }
+            if leased {
+                leases_front = leases_front.min(state.token);
             }
             if self.meta[row as usize].exists && self.eligible(row, seen, &terms) {
                 let turn = if probation {
@@ -221,6 +227,7 @@ impl Store {
         statement.candidates.sort_unstable();
         let candidates = statement.candidates.iter().map(|&(turn, _, row)| (turn, row));
         statement.picked = self.choose(request, candidates);
+        statement.leases_front = statement.searched.then_some(leases_front);
         statement.next_due_in = next_due.map(|due| due.since(early));
         statement.pending = self.pending.len();
     }
@@ -443,6 +450,7 @@ impl Store {
             incarnation: self.incarnation.clone(),
             searched_expired: statement.searched,
             front: statement.front,
+            leases_front: statement.leases_front,
             next_due_in: statement.next_due_in.filter(|_| more),
             // Counted by what was committed when the claim began, without what it fails itself.
             any_pending: request.count_pending.then_some(statement.pending > failed.len()),

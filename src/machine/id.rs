@@ -3,6 +3,8 @@
 use alloc::sync::Arc;
 use core::fmt;
 
+use super::time::DbTime;
+
 /// The outbox row of an event (`outbox_events.id`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct RowId(pub i64);
@@ -10,6 +12,20 @@ pub struct RowId(pub i64);
 /// The fencing token: a number per event that rises at every claim (rule P1).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Token(pub i64);
+
+impl Token {
+    /// What a claim issues at that time, unless the row has had as high a one: the clock's milliseconds. So tokens follow
+    /// the order of claims, as far as the clock does.
+    pub const fn of(late: DbTime) -> Self {
+        Self(late.as_millis())
+    }
+
+    /// The one after it.
+    #[must_use]
+    pub const fn next(self) -> Self {
+        Self(self.0.saturating_add(1))
+    }
+}
 
 /// One lease as its holder names it. With the holder's [`WorkerId`] it is the guard of rule P2.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]

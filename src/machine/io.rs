@@ -5,7 +5,7 @@ use alloc::vec::Vec;
 use core::fmt;
 use core::time::Duration;
 
-use super::id::{DestinationKey, Incarnation, LeaseKey, RequestId, RowId, WorkerId};
+use super::id::{DestinationKey, Incarnation, LeaseKey, RequestId, RowId, Token, WorkerId};
 use super::row::{Answer, ClaimFailure, ClaimTerms, Settle};
 use super::time::{DbTime, Moment};
 
@@ -91,6 +91,8 @@ pub struct ClaimRequest {
     /// transaction that is left open keeps Postgres from forgetting what was claimed, that spares reading all of it each
     /// time.
     pub from: Option<Place>,
+    /// A search passes over leases with a lower token, for the same reason; `None` looks at all of them.
+    pub leases_from: Option<Token>,
     /// Whether the reply must say if any event is pending at all.
     pub count_pending: bool,
     /// Nothing was found for a while, so that the worker polls slowly from now on: the store may wake it when there is
@@ -149,6 +151,9 @@ pub struct ClaimReply {
     /// when it began and that it did not take, whoever had it locked; else behind all that was due. `None` if the store
     /// has no use for a place to start from.
     pub front: Option<Place>,
+    /// If expired leases were searched for, the lowest token of a lease from [`ClaimRequest::leases_from`] on, expired or
+    /// not, when the claim began; else the highest token that there is. `None` if the store has no use for it.
+    pub leases_front: Option<Token>,
     /// Time until the next unleased event is due, if the store knows one and nothing more is due now.
     pub next_due_in: Option<Duration>,
     /// Whether any event is pending at all, leased ones included; `None` if not asked for.

@@ -33,6 +33,7 @@ planted! {
     SearchSeldom,
     PollSeldom,
     FrontKept,
+    LeasesFrontKept,
     FrontAtNow,
     RescanSeldom,
     EmbargoAlways,

@@ -208,7 +208,7 @@ impl Row {
             return ClaimAnswer::NotEligible;
         }
         let reclaimed = self.lease.is_some();
-        let next_token = Token((self.token.0.saturating_add(1)).max(now.late.as_millis()));
+        let next_token = self.token.next().max(Token::of(now.late));
         self.reclaims = self.reclaims.saturating_add(u32::from(reclaimed));
         let spent = if self.attempts >= Self::attempt_limit(self.max_attempts, terms.retry_budget) {
             Some(ClaimFailure::AttemptsSpent)

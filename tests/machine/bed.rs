@@ -7,7 +7,8 @@ use std::time::Duration;
 use leasehold::machine::{
     Action, Answer, AttemptResult, ClaimAnswer, ClaimReply, ClaimRequest, DbClock, DbTime, DestinationKey,
     Grant, Incarnation, Input, LeaseKey, Limits, Moment, Observation, OwnedReply, Place, RawTiming,
-    RenewReply, RequestId, RetryPolicy, Row, RowId, SettleReply, Timing, Worker, WorkerId, WorkerSettings,
+    RenewReply, RequestId, RetryPolicy, Row, RowId, SettleReply, Timing, Token, Worker, WorkerId,
+    WorkerSettings,
 };
 
 pub(crate) const MS: Duration = Duration::from_millis(1);
@@ -220,17 +221,26 @@ impl Bed {
             grants: Vec::new(),
             failed: Vec::new(),
             front: None,
+            leases_front: None,
             next_due_in: None,
             any_pending: None,
         };
+        if claim.terms.expired {
+            let leased = self.rows.values().map(|(row, _)| row).filter(|row| row.lease.is_some());
+            let ahead = |token: &Token| claim.leases_from.is_none_or(|from| *token >= from);
+            let first = leased.map(|row| row.token).filter(ahead).min();
+            reply.leases_front = Some(first.unwrap_or(Token(i64::MAX)));
+        }
         let mut rooms: BTreeMap<DestinationKey, u32> = claim.shares.iter().cloned().collect();
         let mut probation = claim.probation;
         for (id, (row, destination)) in &mut self.rows {
             let place = Place { due: row.next_attempt_at, row: *id };
             let fresh = row.lease.is_none() && !row.on_probation();
+            let passed_over = |from| row.lease.is_some() && row.token < from;
             if (reply.grants.len() + reply.failed.len()) as u32 >= claim.limit
                 || !row.eligible(db.early, &claim.terms)
                 || fresh && claim.from.is_some_and(|from| place < from)
+                || claim.leases_from.is_some_and(passed_over)
             {
                 continue;
             }

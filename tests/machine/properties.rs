@@ -62,6 +62,7 @@ fn nonsense() -> impl Strategy<Value = Input> {
             grants,
             failed: vec![],
             front: front.map(Place::behind),
+            leases_front: front.map(Token::of),
             next_due_in: Some(Duration::ZERO),
             any_pending: Some(searched_expired),
         },

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use leasehold::machine::{
     Action, Answer, AttemptResult, ClaimRequest, EmbargoCause, HeartbeatEnd, Input, LeaseKey, Limits,
-    Observation, Place, RetryAfter, SettleKind, SettleReply, Status, StoreFault, WorkerId,
+    Observation, Place, RetryAfter, SettleKind, SettleReply, Status, StoreFault, Token, WorkerId,
 };
 
 use crate::bed::{Bed, MS, SECOND, aborts, limits, retry, settings, timing};
@@ -587,6 +587,55 @@ fn a_hint_a_new_server_and_a_clock_set_back_lead_to_the_beginning() {
     let before = ahead.db().early;
     let claims = claims_within(&mut ahead, 50 * MS);
     assert!(claims[1..].iter().all(|(_, claim)| claim.from < Some(Place::behind(before))), "{claims:?}");
+}
+
+/// The next search for expired leases, which takes that long.
+fn search(bed: &mut Bed, took: Duration) -> ClaimRequest {
+    loop {
+        bed.now = bed.now.max(bed.worker.next_wakeup().expect("it polls"));
+        let search = bed.wake().into_iter().find_map(|action| match action {
+            Action::Claim(_, claim) if claim.terms.expired => Some(claim),
+            _ => None,
+        });
+        if let Some(search) = search {
+            bed.now = bed.now.after(took);
+            bed.answer_all();
+            return search;
+        }
+        bed.answer_all();
+    }
+}
+
+#[test]
+fn a_search_looks_at_every_lease_while_that_takes_a_tenth_of_the_time_and_else_starts_a_second_back() {
+    let mut bed = Bed::new(settings());
+    let interval = limits().poll_interval.max(timing(30 * SECOND).reclaim_grace() / 2);
+    for _ in 0..5 {
+        assert_eq!(search(&mut bed, interval / 12).leases_from, None);
+    }
+    assert_eq!(search(&mut bed, interval / 2).leases_from, None);
+    let mut last = bed.db().early.before(interval / 2);
+    for number in 1..=5 {
+        assert_eq!(
+            search(&mut bed, Duration::ZERO).leases_from,
+            Some(Token::of(last.before(SECOND))),
+            "{number}"
+        );
+        last = bed.db().early;
+    }
+    assert_eq!(search(&mut bed, Duration::ZERO).leases_from, None);
+}
+
+#[test]
+fn a_search_starts_at_the_oldest_lease_that_the_last_one_saw() {
+    let (mut bed, key) = one_open();
+    let hour = Duration::from_secs(3600);
+    while search(&mut bed, SECOND).leases_from.is_some() {}
+    assert_eq!(search(&mut bed, Duration::ZERO).leases_from, Some(key.token));
+    bed.row_mut(1).token = Token::of(bed.db().early.after(hour));
+    search(&mut bed, Duration::ZERO);
+    let before = bed.db().early.before(SECOND);
+    assert_eq!(search(&mut bed, Duration::ZERO).leases_from, Some(Token::of(before)));
 }
 
 #[test]

@@ -88,6 +88,7 @@ pub(crate) trait Bed {
             share: 100,
             shares: Vec::new(),
             from: None,
+            leases_from: None,
             count_pending: false,
             asleep: false,
         }

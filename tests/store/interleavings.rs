@@ -36,6 +36,8 @@ enum What {
         search: bool,
         /// From the place of that row on.
         from: Option<usize>,
+        /// Leases from the token of that row on.
+        leases_from: Option<usize>,
         /// Stopped between its snapshot and its locks.
         stopped: bool,
     },
@@ -99,10 +101,13 @@ fn what() -> impl Strategy<Value = What> {
             prop_oneof![3 => Just((0, 0)), 1 => (4_u32..6, 0_u32..4)],
             prop::bool::weighted(0.9),
             prop::option::weighted(0.2, 0..ROWS),
+            prop::option::weighted(0.2, 0..ROWS),
             prop::bool::weighted(0.3),
         )
-            .prop_map(|(owner, limit, probation, share, held, limits, search, from, stopped)| What::Claim {
-                owner, limit, probation, share, held, limits, search, from, stopped
+            .prop_map(|(owner, limit, probation, share, held, limits, search, from, leases_from, stopped)| {
+                What::Claim {
+                    owner, limit, probation, share, held, limits, search, from, leases_from, stopped
+                }
             }),
         1 => (owner(), prop::collection::vec(of(), 1..4), millis())
             .prop_map(|(owner, of, millis)| What::Renew { owner, of, millis }),
@@ -390,7 +395,9 @@ impl Pair<'_, '_> {
     fn ask(&self, what: &What) -> Ask {
         let millis = Duration::from_millis;
         match what {
-            What::Claim { owner, limit, probation, share, held, limits, search, from, .. } => {
+            What::Claim {
+                owner, limit, probation, share, held, limits, search, from, leases_from, ..
+            } => {
                 let room = |(second, room): &(bool, u32)| {
                     let key = if *second { "https://b.example" } else { "https://a.example" };
                     (DestinationKey::new(key), *room)
@@ -414,6 +421,7 @@ impl Pair<'_, '_> {
                     share: *share,
                     shares: held.iter().map(room).collect(),
                     from: from.map(place),
+                    leases_from: leases_from.map(|row| self.sim.rows()[row].token),
                     count_pending: true,
                     asleep: false,
                 })

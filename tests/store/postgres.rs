@@ -4,8 +4,8 @@ use std::time::Duration;
 
 use leasehold::adapters::postgres::{PLANS, Postgres, PostgresOptions};
 use leasehold::machine::{
-    Answer, ClaimFailure, ClaimRequest, LeaseKey, RenewRequest, Row as Model, RowId, SettleRequest, Status,
-    StoreFault, Token, WorkerId,
+    Answer, ClaimFailure, ClaimRequest, DbTime, LeaseKey, RenewRequest, Row as Model, RowId, SettleRequest,
+    Status, StoreFault, Token, WorkerId,
 };
 use leasehold::ports::Outbox;
 use serde_json::Value;
@@ -455,8 +455,8 @@ fn no_index_names_what_a_heartbeat_writes() {
 
 const CLAIM: &str = include_str!("../../src/adapters/postgres/claim.sql");
 const RENEW: &str = include_str!("../../src/adapters/postgres/renew.sql");
-/// The beginning of the queue.
-const START: &str = "null, 0";
+/// The beginning of the queue, and of the leases.
+const START: &str = "null, 0, 0";
 const SETTLE: &str = include_str!("../../src/adapters/postgres/settle.sql");
 
 fn claim_query(
@@ -483,6 +483,7 @@ fn claim_query(
         .bind(ClaimFailure::AttemptsSpent.last_error())
         .bind(ClaimFailure::ReclaimsSpent.last_error())
         .bind(None::<i64>)
+        .bind(0_i64)
         .bind(0_i64)
 }
 
@@ -513,27 +514,24 @@ fn nodes<'a>(plan: &'a Value, into: &mut Vec<&'a Value>) {
 }
 
 /// The plan of a claim as it ran, made as on the connections of a worker: once, whatever the arguments.
-async fn explain_claim(bed: &Pg, limit: u32, share: u32, full: &str, from: &str) -> Value {
-    let mut connection = bed.pool.acquire().await.unwrap();
+async fn explain_claim(bed: &Pg, limit: u32, share: u32, full: &str, search: bool, from: &str) -> Value {
+    let mut connection = session(bed).await;
     for (name, value) in PLANS {
-        sqlx::raw_sql(AssertSqlSafe(format!("set {name} = {value}")))
-            .execute(&mut *connection)
-            .await
-            .unwrap();
+        sqlx::raw_sql(AssertSqlSafe(format!("set {name} = {value}"))).execute(&mut connection).await.unwrap();
     }
     let prepare = format!(
         "prepare claim (text, bigint, bigint, bool, text, int, int, int, int, int, text[], int[], bigint, bigint, bool,
-             text, text, bigint, bigint) as {CLAIM}"
+             text, text, bigint, bigint, bigint) as {CLAIM}"
     );
-    sqlx::raw_sql(AssertSqlSafe(prepare)).execute(&mut *connection).await.unwrap();
+    sqlx::raw_sql(AssertSqlSafe(prepare)).execute(&mut connection).await.unwrap();
     let execute = format!(
-        "explain (analyze, buffers, format json) execute claim ('w', 60000000, 1000000, false, '{}', 100, 0, {limit}, 1,
+        "explain (analyze, buffers, format json) execute claim ('w', 2000000, 200000, {search}, '{}', 100, 0, {limit}, 1,
              {share}, '{{{full}}}', '{{{}}}', {MAX_PAYLOAD}, 8388608, false, 'attempts', 'reclaims',
              {from})",
         bed.incarnation().as_str(),
         if full.is_empty() { "" } else { "0" },
     );
-    let row = sqlx::raw_sql(AssertSqlSafe(execute)).fetch_one(&mut *connection).await.unwrap();
+    let row = sqlx::raw_sql(AssertSqlSafe(execute)).fetch_one(&mut connection).await.unwrap();
     let plan: Value = serde_json::from_str(&row.try_get_unchecked::<String, _>(0).unwrap()).expect("JSON");
     plan[0]["Plan"].clone()
 }
@@ -611,7 +609,7 @@ fn buffers(root: &Value) -> f64 {
 
 async fn assert_the_claim_touches_only_what_it_takes(bed: &Pg) {
     // More than is due, so that it must end at what is due and not at its limit.
-    let root = explain_claim(bed, 30, 1_000, "", START).await;
+    let root = explain_claim(bed, 30, 1_000, "", false, START).await;
     let mut all = Vec::new();
     nodes(&root, &mut all);
     for node in &all {
@@ -640,30 +638,50 @@ fn a_claim_touches_only_what_it_takes() {
     });
 }
 
-/// A transaction that is left open keeps the index entries of what is claimed after it began.
+/// Claims after 20,000 events were leased and delivered under a transaction that is left open, which keeps their index
+/// entries. How many buffers one touches from the beginning, and how many from `from`, made with the time a second ago.
+async fn beside_an_open_transaction(bed: &Pg, search: bool, from: impl Fn(DbTime) -> String) -> (f64, f64) {
+    let mut other = session(bed).await;
+    exec(&mut other, "begin isolation level repeatable read; select count(*) from leasehold.outbox_events")
+        .await;
+    bed.run(
+        "insert into leasehold.outbox_events (event_type, destination_url, payload, next_attempt_at)
+         select 't', 'https://a.example', '{}', leasehold.early_now() - interval '1 minute'
+         from generate_series(1, 20000);
+         update leasehold.outbox_events set lease_owner = 'w', lease_until = leasehold.early_now(), lease_token = 1
+         where delivery_status = 'pending';
+         update leasehold.outbox_events set lease_owner = null, lease_until = null, delivery_status = 'delivered'",
+    )
+    .await
+    .unwrap();
+    for _ in 0..20 {
+        bed.due().await;
+    }
+    let from = from(bed.now().before(Duration::from_secs(1)));
+    let whole = buffers(&explain_claim(bed, 10, 1_000, "", search, START).await);
+    let front = buffers(&explain_claim(bed, 10, 1_000, "", search, &from).await);
+    exec(&mut other, "commit").await;
+    (front, whole)
+}
+
 #[test]
 fn a_claim_does_not_step_over_what_was_claimed_before_it() {
     on_postgres(async |bed| {
-        let mut other = session(bed).await;
-        exec(
-            &mut other,
-            "begin isolation level repeatable read; select count(*) from leasehold.outbox_events",
-        )
-        .await;
-        let gone =
-            "insert into leasehold.outbox_events (event_type, destination_url, payload, next_attempt_at)
-             select 't', 'https://a.example', '{}', leasehold.early_now() - interval '1 minute'
-             from generate_series(1, 20000);
-             update leasehold.outbox_events set delivery_status = 'delivered'";
-        bed.run(gone).await.unwrap();
-        for _ in 0..20 {
-            bed.due().await;
-        }
-        let before = bed.now().before(Duration::from_secs(1)).as_micros();
-        let whole = buffers(&explain_claim(bed, 10, 1_000, "", START).await);
-        let front = buffers(&explain_claim(bed, 10, 1_000, "", &format!("{before}, 0")).await);
+        let from = |time: DbTime| format!("{}, 0, 0", time.as_micros());
+        let (front, whole) = beside_an_open_transaction(bed, false, from).await;
         assert!(front * 2.0 < whole, "{front} buffers from the front, {whole} from the beginning");
-        exec(&mut other, "commit").await;
+    });
+}
+
+#[test]
+fn a_search_does_not_step_over_what_was_leased_before_it() {
+    on_postgres(async |bed| {
+        let from = |time: DbTime| format!("{}, 0, {}", time.as_micros(), Token::of(time).0);
+        let (front, whole) = beside_an_open_transaction(bed, true, from).await;
+        assert!(front * 4.0 < whole, "{front} buffers from the front, {whole} from the beginning");
+        let from = |time: DbTime| format!("{}, 0, 0", time.as_micros());
+        let (leases, _) = beside_an_open_transaction(bed, true, from).await;
+        assert!(front * 2.0 < leases, "{front} buffers from both fronts, {leases} from the first lease");
     });
 }
 
@@ -677,7 +695,7 @@ fn a_claim_touches_only_what_it_takes_without_statistics() {
 }
 
 async fn assert_a_backlog_of_a_full_destination_is_not_read(bed: &Pg) {
-    let root = explain_claim(bed, 30, 20, "https://full.example", START).await;
+    let root = explain_claim(bed, 30, 20, "https://full.example", false, START).await;
     let mut all = Vec::new();
     nodes(&root, &mut all);
     let updated = all.iter().find(|node| node["Node Type"] == "ModifyTable").expect("an update");

@@ -31,6 +31,8 @@ pub(crate) struct Lease {
     pub(crate) known: i64,
     pub(crate) impossible: bool,
     pub(crate) born_dead: bool,
+    /// Its token is so far behind the clock when it commits that a search may pass over it.
+    pub(crate) behind: bool,
     /// What excused its loss when it was taken.
     pub(crate) lost: Excuses,
     /// The event's lease before this one.

@@ -75,6 +75,8 @@ named! {
         RenewedExpired = "an expired lease was renewed by its holder",
         /// An event that came into the queue long after it was due was taken.
         CameLate = "an event that committed more than a second after it was due was taken",
+        /// An orphan whose claim committed late, or was brought back, was taken.
+        LeaseBehind = "an expired lease that a search may have passed over was taken",
         /// Settled after it had run out.
         SettledExpired = "an expired lease was settled by its holder",
     }

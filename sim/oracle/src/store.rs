@@ -4,6 +4,7 @@ use crate::fact::{Answer, DbMicros, Down, Micros, Settle, Spent, Status};
 use crate::health::Taker;
 use crate::ledger::{Event, Lease, Link, NONE, UNKNOWN, entry};
 use crate::violation::Excuses;
+use crate::waits::LATE;
 use crate::{Change, Invariant, Oracle, RowState, Sometimes, Verdict, ensure};
 
 /// A claim of one row.
@@ -252,6 +253,7 @@ impl Oracle {
             born_dead: until <= self.db.at(self.now)
                 || self.calls[call as usize].over
                     && until <= self.db.at(self.now) + (4 * terms.store_timeout + terms.fence_margin) as i64,
+            behind: self.db_highest.max(self.db.at(self.now)) - token.saturating_mul(1_000) > LATE,
             before: book.last,
         });
         let another = book.last == NONE || self.leases[book.last as usize].worker != worker;

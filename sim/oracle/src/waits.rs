@@ -5,8 +5,8 @@ use crate::ledger::Worker;
 use crate::store::{Claim, PROBATION};
 use crate::{Invariant, Oracle, Sometimes, Verdict, ensure};
 
-/// What claims find that start where the last one ended.
-const LATE: i64 = 1_000_000;
+/// What claims and searches find that start where the last one ended.
+pub(crate) const LATE: i64 = 1_000_000;
 
 impl Oracle {
     /// Since when claims could have taken whatever is due: a worker knows the store and nothing has gone wrong.
@@ -24,7 +24,9 @@ impl Oracle {
         (self.roomy && self.db_up).then(|| ready.max(self.quiet_since))
     }
 
-    /// **L2**: an orphan is taken within `L + G`, one search and, under an embargo, one `L` more.
+    /// **L2**: an orphan is taken within `L + G`, one search and, under an embargo, one `L` more; by the next search that
+    /// looks at all leases if its claim committed more than a second after it took its token, by the most that the
+    /// database's clock ever showed, or if the database lost commits.
     pub(crate) fn check_orphan(&mut self, claim: Claim) -> Verdict {
         let terms = *self.terms_of(claim.worker);
         let event = &self.events[claim.event as usize];
@@ -36,8 +38,14 @@ impl Oracle {
         let overdue = u64::try_from(self.db.at(self.now) - event.until).unwrap_or(0);
         let ran_out = self.now.saturating_sub(overdue) + terms.reclaim_grace;
         let longest = self.terms.iter().map(|terms| terms.search_interval()).max().unwrap_or(0);
-        let bound =
-            ran_out.max(event.unlocked_at).max(ready + terms.lease) + longest + 4 * terms.store_timeout;
+        let behind = self.leases[event.lease as usize].behind || self.last_loss.is_some();
+        let bound = ran_out.max(event.unlocked_at).max(ready + terms.lease)
+            + longest
+            + 4 * terms.store_timeout
+            + self.rescan(behind);
+        if behind {
+            self.stats.saw(Sometimes::LeaseBehind);
+        }
         ensure!(
             self,
             L2,
@@ -63,11 +71,9 @@ impl Oracle {
         let poll =
             self.terms.iter().map(|terms| terms.poll_interval + 4 * terms.store_timeout).max().unwrap_or(0);
         let late = self.db.at(event.freed_at).max(self.db_highest) - event.due > LATE;
-        let rescan =
-            self.terms.iter().map(|terms| terms.rescan_interval(self.longest_claim)).max().filter(|_| late);
         let bound = (self.now - overdue.min(self.now)).max(event.freed_at).max(event.unlocked_at).max(ready)
             + poll
-            + rescan.unwrap_or(0);
+            + self.rescan(late);
         if late {
             self.stats.saw(Sometimes::CameLate);
         }
@@ -80,6 +86,12 @@ impl Oracle {
             claim.locked - bound
         );
         Ok(())
+    }
+
+    /// How long what came in behind the front waits.
+    fn rescan(&self, behind: bool) -> Micros {
+        let longest = self.terms.iter().map(|terms| terms.rescan_interval(self.longest_claim)).max();
+        longest.filter(|_| behind).unwrap_or(0)
     }
 
     /// Somebody's transaction is over. Where they had the row's lock for long, one or several that waited for each other,

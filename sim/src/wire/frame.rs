@@ -54,7 +54,7 @@ macro_rules! structs {
 }
 structs! {
     ClaimTerms { lease, grace, retry_budget, reclaim_limit, expired }
-    ClaimRequest { owner, terms, limit, incarnation, probation, share, shares, from, count_pending, asleep }
+    ClaimRequest { owner, terms, limit, incarnation, probation, share, shares, from, leases_from, count_pending, asleep }
     RenewRequest { owner, lease, keys, wait }
     SettleRequest { owner, entries }
     OwnedRequest { owner }
@@ -63,7 +63,9 @@ structs! {
     RenewReply { db_now, answers }
     SettleReply { db_now, answers }
     OwnedReply { db_now, keys }
-    ClaimReply { db_now, incarnation, searched_expired, grants, failed, front, next_due_in, any_pending }
+    ClaimReply {
+        db_now, incarnation, searched_expired, grants, failed, front, leases_front, next_due_in, any_pending
+    }
 }
 
 /// Something that is written as something simpler.

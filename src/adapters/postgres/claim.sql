@@ -2,7 +2,7 @@
 -- $5 the incarnation known, $6 reclaim limit, $7 retry budget, $8 limit, $9 room for events on probation, $10 share per
 -- destination, $11 and $12 destinations with leases held and their room, $13 largest payload, $14 payload in all,
 -- $15 whether to say if anything is pending, $16 and $17 errors of what it fails, $18 and $19 the due time in microseconds
--- and the id ahead of which fresh events are passed over.
+-- and the id ahead of which fresh events are passed over, $20 the token below which leases are.
 with recursive
 server as materialized (
     select
@@ -12,20 +12,24 @@ server as materialized (
         leasehold.late_now() - pg_postmaster_start_time() as up
 ),
 search as materialized (
-    select $4 and incarnation = $5 and up >= $2 * interval '1 microsecond' as expired from server
+    select $4 and incarnation = $5 and up >= $2 * interval '1 microsecond' as expired,
+        early - $3 * interval '1 microsecond' as ran_out
+    from server
 ),
 rooms as materialized (
     select key, room from unnest($11::text[], $12::int[]) as held (key, room)
 ),
--- Expired leases: the search reads every lease, so it is made seldom (rule P10).
+-- Expired leases: the search reads every lease from $20 on, so it is made seldom (rule P10), and what it compares with
+-- is computed once.
 run_out as materialized (
     select id, destination_key, next_attempt_at, pg_column_size(payload) as stored, reclaims + 1 >= 3 as probation,
         row_number() over (partition by destination_key, reclaims + 1 >= 3 order by next_attempt_at, id) as nth
     from leasehold.outbox_events
     where lease_owner is not null
         and (select expired from search)
-        and lease_until <= leasehold.early_now() - $3 * interval '1 microsecond'
-        and next_attempt_at <= leasehold.early_now()
+        and lease_token >= $20
+        and lease_until <= (select ran_out from search)
+        and next_attempt_at <= (select early from server)
         and destination_key <> all (array(select key from rooms where room <= 0))
 ),
 expired as materialized (
@@ -242,6 +246,15 @@ select
     (extract(epoch from leasehold.late_now()) * 1000000)::bigint as db_now,
     (extract(epoch from coalesce(front.due, server.early)) * 1000000)::bigint as front_due,
     coalesce(front.id, 9223372036854775807) as front_id,
+    case when search.expired then coalesce(
+        (
+            select lease_token from leasehold.outbox_events
+            where lease_owner is not null and lease_token >= $20
+            order by lease_token
+            limit 1
+        ),
+        9223372036854775807
+    ) end as leases_front,
     server.incarnation,
     search.expired as searched,
     case

@@ -6,6 +6,7 @@ select
         || '/' || substr(pg_walfile_name(pg_current_wal_lsn()), 1, 8) as incarnation,
     (extract(epoch from leasehold.early_now()) * 1000000)::bigint as front_due,
     9223372036854775807 as front_id,
+    null::bigint as leases_front,
     false as searched,
     (
         select (extract(epoch from next_attempt_at - leasehold.early_now()) * 1000000)::bigint

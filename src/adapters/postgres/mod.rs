@@ -398,7 +398,8 @@ impl Outbox for Postgres {
             .bind(ClaimFailure::AttemptsSpent.last_error())
             .bind(ClaimFailure::ReclaimsSpent.last_error())
             .bind(from_due)
-            .bind(from_id);
+            .bind(from_id)
+            .bind(request.leases_from.unwrap_or_default().0);
         let rows = self.call(&self.claims, query).await?;
         let claimed = read_claim(&rows).map_err(|error| unreadable(&error))?;
         let ClaimReply { grants, failed, next_due_in, .. } = &claimed.reply;
@@ -544,6 +545,7 @@ fn read_claim(rows: &[PgRow]) -> Result<Claimed, sqlx::Error> {
         grants: Vec::new(),
         failed: Vec::new(),
         front: Some(front),
+        leases_front: header.try_get::<Option<i64>, _>("leases_front")?.map(Token),
         next_due_in: next_due_in.map(|micros| Duration::from_micros(u64::try_from(micros).unwrap_or(0))),
         any_pending: header.try_get("any_pending")?,
     };

@@ -187,6 +187,7 @@ pub(super) async fn claim(store: &Sqlite, request: &ClaimRequest) -> Result<Clai
         failed: Vec::new(),
         // What was claimed leaves its indexes at once.
         front: None,
+        leases_front: None,
         next_due_in: None,
         any_pending: None,
     };

@@ -5,49 +5,63 @@ use alloc::format;
 use alloc::vec::Vec;
 use core::time::Duration;
 
-use super::super::id::{DestinationKey, LeaseKey, RequestId};
+use super::super::id::{DestinationKey, LeaseKey, RequestId, Token};
 use super::super::io::{
     Action, AttemptResult, ClaimReply, ClaimRequest, CycleSummary, EmbargoCause, Grant, HeartbeatEnd,
     Observation, OwnedReply, OwnedRequest, Place, StoreCall, StoreFault, Unsendable,
 };
 use super::super::row::{ClaimTerms, PROBATION_RECLAIMS};
-use super::super::time::{DbTime, Moment};
+use super::super::time::Moment;
 use super::{Cycle, Heartbeat, Held, Outcome, Phase, Worker};
 
 /// How long a worker polls eagerly after it found something: long enough that under load none ever sleeps.
 const AWAKE: Duration = Duration::from_secs(1);
 
-/// What commits up to that long after it fell due, as producers' transactions do, is found by the next claim.
+/// What commits up to that long after it fell due, as producers' transactions do, is found by the next claim, and a lease
+/// that commits up to that long after it was granted by the next search.
 const LATE: Duration = Duration::from_secs(1);
 
 /// How often claims start at the beginning of the queue, for what came into it later still.
 const RESCAN: Duration = Duration::from_secs(2);
 
-/// Such claims take a tenth of the time at the most.
+/// Claims from a beginning take a tenth of the time at the most.
 const RESCAN_SHARE: u32 = 10;
 
-/// When claims start at the beginning of the queue, and not where the last one left its front.
+/// Where the queue or the leases start for a claim: where the last one left their front, or, from time to time, at their
+/// beginning.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
-struct Rescan {
-    soonest: Moment,
+struct Front<P> {
+    /// Nothing is ahead of it, as far as claims saw.
+    place: Option<P>,
+    /// When a claim starts at the beginning again.
     at: Moment,
-    /// Something may have come in far ahead of the front.
+    /// When it does if something may have come in far ahead of the front.
+    soonest: Moment,
     asked: bool,
-    /// How many of them had no answer, in a row.
+    /// How many claims from the beginning had no answer, in a row.
     failures: u32,
 }
 
-impl Rescan {
-    fn is_due(&self, now: Moment) -> bool {
-        now >= if self.asked { self.soonest } else { self.at }
+impl<P: Copy + Ord> Front<P> {
+    fn new(now: Moment) -> Self {
+        Self { place: None, at: now, soonest: now, asked: false, failures: 0 }
     }
 
-    /// One that failed may have been cut off, and says little of how long they take, unless they go on failing.
-    fn done(&mut self, now: Moment, took: Duration, failed: bool) {
+    /// Where the next claim starts; `None` is the beginning.
+    fn start(&mut self, now: Moment, whole: bool) -> Option<P> {
+        let due = now >= if self.asked { self.soonest } else { self.at };
+        let from = self.place.filter(|_| !due && !whole);
+        self.asked &= from.is_some();
+        from
+    }
+
+    /// A claim from the beginning is over. One that failed may have been cut off, and says little of how long they take,
+    /// unless they go on failing.
+    fn read_whole(&mut self, now: Moment, took: Duration, failed: bool, every: Duration) {
         self.failures = if failed { self.failures.saturating_add(1) } else { 0 };
         let share = if failed { 1 << (self.failures - 1).min(4) } else { RESCAN_SHARE };
         self.soonest = now.after(took * share.min(RESCAN_SHARE));
-        self.at = self.soonest.max(now.after(RESCAN));
+        self.at = self.soonest.max(now.after(every));
     }
 }
 
@@ -56,6 +70,8 @@ struct UnderWay {
     request: RequestId,
     sent: Moment,
     from: Option<Place>,
+    /// It searches for expired leases from the first lease on.
+    whole_search: bool,
     limit: u32,
     shares: BTreeMap<DestinationKey, u32>,
 }
@@ -70,9 +86,9 @@ pub(super) struct Claims {
     awake_until: Moment,
     /// The last claim was full: there is likely more.
     backlog: bool,
-    /// Nothing fresh is left ahead of this place, as far as claims saw.
-    front: Option<Place>,
-    rescan: Rescan,
+    queue: Front<Place>,
+    /// By their tokens, which follow the database's clock.
+    leases: Front<Token>,
     /// A destination whose share limited the last claim has room again.
     pub(super) refill: bool,
     /// The next search for expired leases.
@@ -94,8 +110,8 @@ impl Claims {
             at: now,
             awake_until: now.after(AWAKE),
             backlog: false,
-            front: None,
-            rescan: Rescan { soonest: now, at: now, asked: false, failures: 0 },
+            queue: Front::new(now),
+            leases: Front::new(now),
             refill: false,
             search_at: now,
             embargo_until: Moment::default(),
@@ -126,7 +142,7 @@ impl Worker {
 
     /// Something may have come in far ahead of the front.
     pub(super) fn rescan_soon(&mut self) {
-        self.claims.rescan.asked = true;
+        self.claims.queue.asked = true;
     }
 
     /// How many more leases may be asked for (rule P13).
@@ -189,10 +205,12 @@ impl Worker {
             .map(|(name, destination)| (name.clone(), share.saturating_sub(destination.held)))
             .collect();
         // What has emptied the outbox is seen from its beginning.
-        let rescan = self.claims.rescan.is_due(self.now) && !planted!(self, FrontKept)
-            || self.settings.until_empty && !self.claims.backlog;
-        let from = self.claims.front.filter(|_| !rescan);
-        self.claims.rescan.asked &= from.is_some();
+        let whole = self.settings.until_empty && !self.claims.backlog;
+        let from = self.claims.queue.start(self.now, whole);
+        let from = if planted!(self, FrontKept) { self.claims.queue.place } else { from };
+        let leases_from = if expired { self.claims.leases.start(self.now, false) } else { None };
+        let leases_from =
+            if planted!(self, LeasesFrontKept) { self.claims.leases.place } else { leases_from };
         let request = self.next_request();
         let claim = ClaimRequest {
             owner: self.id.clone(),
@@ -209,11 +227,13 @@ impl Worker {
             share,
             shares: shares.iter().map(|(name, room)| (name.clone(), *room)).collect(),
             from,
+            leases_from,
             count_pending: self.settings.until_empty && from.is_none(),
             asleep: self.claims.awake_until <= self.now,
         };
         self.claims.refill = false;
-        self.claims.under_way = Some(UnderWay { request, sent: self.now, from, limit, shares });
+        let whole_search = expired && leases_from.is_none();
+        self.claims.under_way = Some(UnderWay { request, sent: self.now, from, whole_search, limit, shares });
         self.actions.push_back(Action::Claim(request, claim));
     }
 
@@ -228,11 +248,15 @@ impl Worker {
         }
         self.claims.at = self.now.after(poll);
         self.claims.backlog = false;
+        // However long this process was stopped.
+        let took = self.now.since(under_way.sent).min(self.timing().store_timeout());
         if under_way.from.is_none() {
-            // However long this process was stopped.
-            let took = self.now.since(under_way.sent).min(self.timing().store_timeout());
             let took = if planted!(self, RescanSeldom) { took * 20 } else { took };
-            self.claims.rescan.done(self.now, took, reply.is_err());
+            self.claims.queue.read_whole(self.now, took, reply.is_err(), RESCAN);
+        }
+        if under_way.whole_search && reply.as_ref().map_or(true, |reply| reply.searched_expired) {
+            // Searches are seldom as it is: as long as that is cheap, each looks at every lease.
+            self.claims.leases.read_whole(self.now, took, reply.is_err(), Duration::ZERO);
         }
         match reply {
             Ok(reply) => self.take(&under_way, reply),
@@ -278,8 +302,8 @@ impl Worker {
             // What it has forgotten may be anywhere in the queue.
             self.rescan_soon();
         }
+        self.advance(under_way, &reply);
         self.incarnation = Some(reply.incarnation);
-        self.advance(under_way, reply.db_now, reply.front);
         let found = u32::try_from(reply.grants.len() + reply.failed.len()).unwrap_or(u32::MAX);
         self.claims.backlog = found >= under_way.limit;
         if found > 0 {
@@ -316,12 +340,15 @@ impl Worker {
         }
     }
 
-    /// Where the next claim starts. Never so late that it would pass over what falls due from [`LATE`] before the start
-    /// of this one on: a clock that was set back takes the front back with it.
-    fn advance(&mut self, under_way: &UnderWay, db_now: DbTime, front: Option<Place>) {
-        let latest = Place::ahead_of(db_now.before(self.now.since(under_way.sent) + LATE));
-        let latest = if planted!(self, FrontAtNow) { Place::behind(db_now) } else { latest };
-        self.claims.front = front.map(|front| front.min(latest));
+    /// Where the next claim starts. Never so late that it would pass over what falls due, or is granted, from [`LATE`]
+    /// before the start of this one on: a clock that was set back takes the front back with it.
+    fn advance(&mut self, under_way: &UnderWay, reply: &ClaimReply) {
+        let latest = reply.db_now.before(self.now.since(under_way.sent) + LATE);
+        let latest = if planted!(self, FrontAtNow) { reply.db_now } else { latest };
+        self.claims.queue.place = reply.front.map(|front| front.min(Place::ahead_of(latest)));
+        if reply.searched_expired {
+            self.claims.leases.place = reply.leases_front.map(|front| front.min(Token::of(latest)));
+        }
     }
 
     fn hold(&mut self, under_way: &UnderWay, grant: Grant) {
