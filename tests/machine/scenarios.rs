@@ -5,6 +5,7 @@ use std::time::Duration;
 use leasehold::machine::{
     Action, Answer, AttemptResult, ClaimRequest, EmbargoCause, HeartbeatEnd, Input, LeaseKey, Limits,
     Observation, Place, RetryAfter, SettleKind, SettleReply, Status, StoreFault, Token, WorkerId,
+    WorkerSettings,
 };
 
 use crate::bed::{Bed, MS, SECOND, aborts, limits, retry, settings, timing};
@@ -451,6 +452,30 @@ fn a_refill_does_not_wait_for_the_next_poll() {
     }
     assert_eq!(bed.now, start);
     assert!((1..=20).all(|id| bed.row(id).status == Status::Delivered));
+}
+
+#[test]
+fn a_claim_that_shares_limited_makes_the_next_one_read_less_until_more_is_found() {
+    let limits = Limits { claim_batch: 500, max_leased: 1_000, ..limits() };
+    let settings = WorkerSettings::parse(timing(30 * SECOND), limits, retry(), 7).expect("sound settings");
+    let mut bed = Bed::new(settings);
+    for id in 1..=1_000 {
+        bed.add(id, "http://full");
+    }
+    let read = |claims: Vec<(Duration, ClaimRequest)>| -> Vec<u32> {
+        let fresh = claims.into_iter().filter(|(_, claim)| !claim.terms.expired);
+        fresh.map(|(_, claim)| claim.limit).collect()
+    };
+    let claims = read(claims_within(&mut bed, 100 * MS));
+    assert_eq!(claims[0], 500, "as much as there is room for");
+    assert!(claims.len() > 50 && claims[1..].iter().all(|limit| *limit == 32), "{claims:?}");
+    // 400 destinations have something as well: at first 32 of them are found, then all.
+    for id in 1_001..=1_400 {
+        bed.add(id, &format!("http://{id}"));
+    }
+    let claims = read(claims_within(&mut bed, 5 * MS));
+    assert_eq!(claims[..2], [32, 500], "{claims:?}");
+    assert_eq!(bed.worker.leased(), 404);
 }
 
 /// The claims that are sent within `duration`, and when.

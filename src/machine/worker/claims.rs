@@ -27,6 +27,9 @@ const RESCAN: Duration = Duration::from_secs(2);
 /// Claims from a beginning take a tenth of the time at the most.
 const RESCAN_SHARE: u32 = 10;
 
+/// What a claim reads at least, where there is room for it.
+const LEAST_REACH: u32 = 32;
+
 /// Where the queue or the leases start for a claim: where the last one left their front, or, from time to time, at their
 /// beginning.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -89,6 +92,9 @@ pub(super) struct Claims {
     queue: Front<Place>,
     /// By their tokens, which follow the database's clock.
     leases: Front<Token>,
+    /// The next claim reads no more of the queue than that. What shares keep out of a claim is read, and locked, for
+    /// nothing, so that after one which shares limited it is twice what that one found.
+    reach: u32,
     /// A destination whose share limited the last claim has room again.
     pub(super) refill: bool,
     /// The next search for expired leases.
@@ -112,6 +118,7 @@ impl Claims {
             backlog: false,
             queue: Front::new(now),
             leases: Front::new(now),
+            reach: u32::MAX,
             refill: false,
             search_at: now,
             embargo_until: Moment::default(),
@@ -190,8 +197,9 @@ impl Worker {
         }
         let limits = *self.settings.limits();
         let timing = *self.timing();
-        let limit = self.room();
         let expired = self.may_search() && self.search_due_at() <= self.now;
+        // Searches are too seldom to take less than they may.
+        let limit = if expired { self.room() } else { self.room().min(self.claims.reach) };
         if expired && planted!(self, SearchSeldom) {
             self.claims.search_at = self.now.after(timing.lease() * 4);
         } else if expired {
@@ -330,6 +338,9 @@ impl Worker {
             self.hold(under_way, grant);
         }
         self.note_hunger(under_way, &granted);
+        let limited =
+            !self.claims.backlog && self.destinations.values().any(|destination| destination.hungry);
+        self.claims.reach = if limited { found.saturating_mul(2).max(LEAST_REACH) } else { u32::MAX };
         match self.cycles.get(&under_way.request) {
             Some(cycle) if cycle.outstanding == 0 && found > 0 => self.end_cycle(under_way.request),
             Some(cycle) if cycle.outstanding == 0 => drop(self.cycles.remove(&under_way.request)),
