@@ -36,6 +36,7 @@ planted! {
     LeasesFrontKept,
     FrontAtNow,
     RescanSeldom,
+    RescanNear,
     EmbargoAlways,
     LeasesUnlimited,
     RequestsUnlimited,

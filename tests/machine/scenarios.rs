@@ -561,6 +561,47 @@ fn scans_from_the_beginning_take_a_tenth_of_the_time() {
     assert_eq!(rescans_within(&mut bed, 400 * MS).len(), 1);
 }
 
+/// How many seconds ahead of the front claims start within `duration`; `None` is the beginning.
+fn ages_within(bed: &mut Bed, duration: Duration) -> Vec<Option<u64>> {
+    let start = bed.db().early;
+    let claims = claims_within(bed, duration).into_iter();
+    let ages = claims.map(|(at, claim)| claim.from.map(|from| start.after(at).since(from.due).as_secs()));
+    ages.filter(|age| *age > Some(10) || age.is_none()).collect()
+}
+
+#[test]
+fn a_scan_that_takes_long_makes_the_next_start_a_minute_ago_and_then_ever_farther() {
+    let mut bed = Bed::new(settings());
+    bed.wake();
+    bed.pass(1_300 * MS);
+    bed.answer_all();
+    let ages = ages_within(&mut bed, 40 * SECOND);
+    let farther = (0..11).map(|turn| Some(64 << turn)).chain([None, None]);
+    assert_eq!(ages[..13], farther.collect::<Vec<_>>());
+    // And back again, as far as it takes long.
+    let request = loop {
+        bed.now = bed.now.max(bed.worker.next_wakeup().expect("it polls"));
+        let action = bed
+            .wake()
+            .into_iter()
+            .find(|action| matches!(action, Action::Claim(_, claim) if is_rescan(&bed, claim)));
+        match action {
+            Some(action) => break Bed::request_of(&action),
+            None => bed.answer_all(),
+        }
+    };
+    bed.pending.clear();
+    bed.now = bed.now.after(SECOND * 4);
+    bed.give(Input::Claimed { request, reply: Err(StoreFault::NotApplied { error: "57014".into() }) });
+    bed.answer_all();
+    assert_eq!(ages_within(&mut bed, 7 * SECOND)[..2], [Some(64), Some(128)]);
+}
+
+/// A minute ahead of the front at least.
+fn is_rescan(bed: &Bed, claim: &ClaimRequest) -> bool {
+    claim.from.is_none_or(|from| from.due < bed.db().early.before(60 * SECOND))
+}
+
 #[test]
 fn a_scan_that_failed_is_made_again_soon_and_then_ever_later() {
     let timeout = timing(30 * SECOND).store_timeout();
@@ -574,7 +615,7 @@ fn a_scan_that_failed_is_made_again_soon_and_then_ever_later() {
             let action = bed
                 .wake()
                 .into_iter()
-                .find(|action| matches!(action, Action::Claim(_, claim) if claim.from.is_none()));
+                .find(|action| matches!(action, Action::Claim(_, claim) if is_rescan(&bed, claim)));
             match action {
                 Some(action) => break Bed::request_of(&action),
                 None => bed.answer_all(),

@@ -56,7 +56,7 @@ impl Terms {
         self.poll_interval.max(self.reclaim_grace / 2)
     }
 
-    /// How seldom claims may start at the beginning of the queue, or of the leases, if such a claim takes up to `took`: every other second, or
+    /// How seldom claims may start ahead of the front of the queue, or of the leases, if such a claim takes up to `took`: every other second, or
     /// so that it takes a tenth of the time.
     pub fn rescan_interval(&self, took: u64) -> u64 {
         (10 * took.min(self.store_timeout)).max(2_000_000) + self.store_timeout
@@ -73,7 +73,8 @@ impl Terms {
         let run_out = 2 * self.lease
             + self.reclaim_grace
             + 2 * self.search_interval()
-            + 2 * self.rescan_interval(self.store_timeout)
+            // Of the queue and of the leases, four times twice as far back.
+            + 2 * 4 * self.rescan_interval(self.store_timeout)
             + turn;
         let deaths = u64::from(poison) * u64::from(self.reclaim_limit + 4);
         // What ran out too often is tried one at a time.

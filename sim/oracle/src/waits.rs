@@ -1,12 +1,15 @@
 //! How long events wait, until a claim has their lock: **L2** and **L3**. That it commits late is the store's doing.
 
-use crate::fact::Micros;
+use crate::fact::{DbMicros, Micros};
 use crate::ledger::Worker;
 use crate::store::{Claim, PROBATION};
 use crate::{Invariant, Oracle, Sometimes, Verdict, ensure};
 
 /// What claims and searches find that start where the last one ended.
 pub(crate) const LATE: i64 = 1_000_000;
+
+/// How far back a claim starts at least that starts ahead of the front.
+const LEAST_BACK: i64 = 64_000_000;
 
 impl Oracle {
     /// Since when claims could have taken whatever is due: a worker knows the store and nothing has gone wrong.
@@ -24,8 +27,8 @@ impl Oracle {
         (self.roomy && self.db_up).then(|| ready.max(self.quiet_since))
     }
 
-    /// **L2**: an orphan is taken within `L + G`, one search and, under an embargo, one `L` more; by the next search that
-    /// looks at all leases if its claim committed more than a second after it took its token, by the most that the
+    /// **L2**: an orphan is taken within `L + G`, one search and, under an embargo, one `L` more; by a search that starts
+    /// ahead of the front of the leases if its claim committed more than a second after it took its token, by the most that the
     /// database's clock ever showed, or if the database lost commits.
     pub(crate) fn check_orphan(&mut self, claim: Claim) -> Verdict {
         let terms = *self.terms_of(claim.worker);
@@ -38,11 +41,13 @@ impl Oracle {
         let overdue = u64::try_from(self.db.at(self.now) - event.until).unwrap_or(0);
         let ran_out = self.now.saturating_sub(overdue) + terms.reclaim_grace;
         let longest = self.terms.iter().map(|terms| terms.search_interval()).max().unwrap_or(0);
-        let behind = self.leases[event.lease as usize].behind || self.last_loss.is_some();
+        let lease = &self.leases[event.lease as usize];
+        let behind = lease.behind || self.last_loss.is_some();
+        let age = self.db_highest.max(self.db.at(self.now)) - lease.token.saturating_mul(1_000);
         let bound = ran_out.max(event.unlocked_at).max(ready + terms.lease)
             + longest
             + 4 * terms.store_timeout
-            + self.rescan(behind);
+            + if behind { self.rescan(age) } else { 0 };
         if behind {
             self.stats.saw(Sometimes::LeaseBehind);
         }
@@ -58,8 +63,8 @@ impl Oracle {
         Ok(())
     }
 
-    /// **L3**: what is due is taken by the next poll, or by the next claim that starts at the beginning of the queue if it
-    /// came into it more than a second after it was due, by the most that the database's clock ever showed.
+    /// **L3**: what is due is taken by the next poll, or by a claim that starts ahead of the front of the queue if it came
+    /// into it more than a second after it was due, by the most that the database's clock ever showed.
     pub(crate) fn check_wait(&mut self, claim: Claim, attempted: bool) -> Verdict {
         let event = &self.events[claim.event as usize];
         let Some(ready) = self.ready_since().filter(|_| attempted && event.reclaims < PROBATION) else {
@@ -73,7 +78,7 @@ impl Oracle {
         let late = self.db.at(event.freed_at).max(self.db_highest) - event.due > LATE;
         let bound = (self.now - overdue.min(self.now)).max(event.freed_at).max(event.unlocked_at).max(ready)
             + poll
-            + self.rescan(late);
+            + if late { self.rescan(self.db_highest.max(self.db.at(self.now)) - event.due) } else { 0 };
         if late {
             self.stats.saw(Sometimes::CameLate);
         }
@@ -88,10 +93,12 @@ impl Oracle {
         Ok(())
     }
 
-    /// How long what came in behind the front waits.
-    fn rescan(&self, behind: bool) -> Micros {
+    /// How long what is ahead of the front by that much waits. Where claims that start ahead of it took too long, they
+    /// start a minute back, and each that takes little doubles that.
+    fn rescan(&self, age: DbMicros) -> Micros {
+        let turns = (age.max(0) / LEAST_BACK + 1).ilog2() + 1;
         let longest = self.terms.iter().map(|terms| terms.rescan_interval(self.longest_claim)).max();
-        longest.filter(|_| behind).unwrap_or(0)
+        longest.unwrap_or(0) * u64::from(turns)
     }
 
     /// Somebody's transaction is over. Where they had the row's lock for long, one or several that waited for each other,

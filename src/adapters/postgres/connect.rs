@@ -57,7 +57,7 @@ impl Hosts {
             let parsed = parsed.application_name("leasehold").disable_statement_logging();
             plain.push(if options.prepared_statements { parsed } else { parsed.statement_cache_capacity(0) });
         }
-        let millis = options.store_timeout.as_millis().to_string();
+        let millis = options.statement_timeout().as_millis().to_string();
         let bounded = plain.iter().cloned().map(|host| {
             if options.prepared_statements {
                 host.options([("statement_timeout", millis.as_str())]).options(PLANS)

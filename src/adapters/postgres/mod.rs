@@ -49,13 +49,21 @@ const OWNED: &str =
 /// How to reach the outbox.
 #[derive(Clone, Debug)]
 pub struct PostgresOptions {
-    /// `R`: bounds getting a connection, and each statement on direct connections.
+    /// `R`: bounds getting a connection, and, somewhat shorter, each statement.
     pub store_timeout: Duration,
     /// The largest payload that is returned, in bytes.
     pub max_payload: u64,
     /// Named prepared statements and startup options; off for poolers in transaction mode. Off, each call is a
     /// transaction of its own with unnamed statements, and there is no `LISTEN`.
     pub prepared_statements: bool,
+}
+
+impl PostgresOptions {
+    /// Less than `R`, so that its error still comes: what the server gave up is surely not applied, what brought no
+    /// answer may be (rule P7).
+    fn statement_timeout(&self) -> Duration {
+        self.store_timeout * 9 / 10
+    }
 }
 
 /// The outbox on Postgres.
@@ -319,9 +327,10 @@ impl Postgres {
     /// Bounds the statements of a transaction where the connection doesn't, and how long its rows stay locked when this
     /// side is cut off in the middle of it.
     async fn bound(&self, connection: &mut sqlx::PgConnection) -> Result<(), sqlx::Error> {
-        let millis = self.options.store_timeout.as_millis();
+        let idle = self.options.store_timeout.as_millis();
+        let statement = self.options.statement_timeout().as_millis();
         let bounds = format!(
-            "set local statement_timeout = {millis}; set local idle_in_transaction_session_timeout = {millis}"
+            "set local statement_timeout = {statement}; set local idle_in_transaction_session_timeout = {idle}"
         );
         sqlx::raw_sql(sqlx::AssertSqlSafe(bounds)).execute(connection).await.map(|_| ())
     }

@@ -21,50 +21,68 @@ const AWAKE: Duration = Duration::from_secs(1);
 /// that commits up to that long after it was granted by the next search.
 const LATE: Duration = Duration::from_secs(1);
 
-/// How often claims start at the beginning of the queue, for what came into it later still.
+/// How often claims start ahead of the front of the queue, for what came into it later still.
 const RESCAN: Duration = Duration::from_secs(2);
 
-/// Claims from a beginning take a tenth of the time at the most.
+/// Claims that start ahead of a front take a tenth of the time at the most.
 const RESCAN_SHARE: u32 = 10;
+
+/// They start at the beginning, or if that takes too long, at least that long ago,
+const LEAST_BACK: Duration = Duration::from_secs(64);
+
+/// and at most that long.
+const MOST_BACK: Duration = Duration::from_secs(24 * 60 * 60);
 
 /// What a claim reads at least, where there is room for it.
 const LEAST_REACH: u32 = 32;
 
-/// Where the queue or the leases start for a claim: where the last one left their front, or, from time to time, at their
-/// beginning.
+/// Where the queue or the leases start for a claim: where the last one left their front, or, from time to time, ahead of
+/// it.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 struct Front<P> {
     /// Nothing is ahead of it, as far as claims saw.
     place: Option<P>,
-    /// When a claim starts at the beginning again.
+    /// When a claim starts ahead of it again.
     at: Moment,
     /// When it does if something may have come in far ahead of the front.
     soonest: Moment,
     asked: bool,
-    /// How many claims from the beginning had no answer, in a row.
+    /// How far back it starts; `None` is the beginning.
+    back: Option<Duration>,
+    /// How many such claims had no answer, in a row.
     failures: u32,
 }
 
 impl<P: Copy + Ord> Front<P> {
     fn new(now: Moment) -> Self {
-        Self { place: None, at: now, soonest: now, asked: false, failures: 0 }
+        Self { place: None, at: now, soonest: now, asked: false, back: None, failures: 0 }
     }
 
-    /// Where the next claim starts; `None` is the beginning.
-    fn start(&mut self, now: Moment, whole: bool) -> Option<P> {
+    /// Where the next claim starts, `None` being the beginning, and whether that is ahead of the front. `ago` says what
+    /// place had that age.
+    fn start(&mut self, now: Moment, ago: impl Fn(Duration) -> P) -> (Option<P>, bool) {
         let due = now >= if self.asked { self.soonest } else { self.at };
-        let from = self.place.filter(|_| !due && !whole);
-        self.asked &= from.is_some();
-        from
+        if let Some(place) = self.place.filter(|_| !due) {
+            return (Some(place), false);
+        }
+        self.asked = false;
+        let from = self.back.map(ago);
+        (from.map(|from| self.place.map_or(from, |place| place.min(from))), true)
     }
 
-    /// A claim from the beginning is over. One that failed may have been cut off, and says little of how long they take,
-    /// unless they go on failing.
-    fn read_whole(&mut self, now: Moment, took: Duration, failed: bool, every: Duration) {
+    /// A claim from ahead of the front is over. One that failed may have been cut off, and says little of how long they
+    /// take, unless they go on failing. One that took a quarter of `timeout` might soon be cut off by it: the next ones
+    /// start less far back, and again farther as long as that takes little.
+    fn rescanned(&mut self, now: Moment, took: Duration, failed: bool, every: Duration, timeout: Duration) {
         self.failures = if failed { self.failures.saturating_add(1) } else { 0 };
         let share = if failed { 1 << (self.failures - 1).min(4) } else { RESCAN_SHARE };
         self.soonest = now.after(took * share.min(RESCAN_SHARE));
         self.at = self.soonest.max(now.after(every));
+        if took * 4 > timeout {
+            self.back = Some(self.back.map_or(LEAST_BACK, |back| back / 2).max(LEAST_BACK));
+        } else if !failed && took * 8 < timeout {
+            self.back = self.back.map(|back| back * 2).filter(|back| *back <= MOST_BACK);
+        }
     }
 }
 
@@ -72,9 +90,10 @@ impl<P: Copy + Ord> Front<P> {
 struct UnderWay {
     request: RequestId,
     sent: Moment,
-    from: Option<Place>,
-    /// It searches for expired leases from the first lease on.
-    whole_search: bool,
+    /// It starts ahead of the front of the queue.
+    rescans: bool,
+    /// It searches for expired leases from ahead of the front of the leases.
+    searches_again: bool,
     limit: u32,
     shares: BTreeMap<DestinationKey, u32>,
 }
@@ -214,9 +233,18 @@ impl Worker {
             .collect();
         // What has emptied the outbox is seen from its beginning.
         let whole = self.settings.until_empty && !self.claims.backlog;
-        let from = self.claims.queue.start(self.now, whole);
+        let db_now = self.db_now();
+        let (from, rescans) = self.claims.queue.start(self.now, |back| Place::ahead_of(db_now.before(back)));
+        let from = from.filter(|_| !whole);
         let from = if planted!(self, FrontKept) { self.claims.queue.place } else { from };
-        let leases_from = if expired { self.claims.leases.start(self.now, false) } else { None };
+        let (leases_from, searches_again) = if expired {
+            self.claims.leases.start(self.now, |back| Token::of(db_now.before(back)))
+        } else {
+            (None, false)
+        };
+        if planted!(self, RescanNear) && self.claims.queue.back.is_some() {
+            self.claims.queue.back = Some(LEAST_BACK);
+        }
         let leases_from =
             if planted!(self, LeasesFrontKept) { self.claims.leases.place } else { leases_from };
         let request = self.next_request();
@@ -240,8 +268,8 @@ impl Worker {
             asleep: self.claims.awake_until <= self.now,
         };
         self.claims.refill = false;
-        let whole_search = expired && leases_from.is_none();
-        self.claims.under_way = Some(UnderWay { request, sent: self.now, from, whole_search, limit, shares });
+        self.claims.under_way =
+            Some(UnderWay { request, sent: self.now, rescans, searches_again, limit, shares });
         self.actions.push_back(Action::Claim(request, claim));
     }
 
@@ -256,15 +284,17 @@ impl Worker {
         }
         self.claims.at = self.now.after(poll);
         self.claims.backlog = false;
+        let timeout = self.timing().store_timeout();
         // However long this process was stopped.
-        let took = self.now.since(under_way.sent).min(self.timing().store_timeout());
-        if under_way.from.is_none() {
+        let took = self.now.since(under_way.sent).min(timeout);
+        let failed = reply.is_err();
+        if under_way.rescans {
             let took = if planted!(self, RescanSeldom) { took * 20 } else { took };
-            self.claims.queue.read_whole(self.now, took, reply.is_err(), RESCAN);
+            self.claims.queue.rescanned(self.now, took, failed, RESCAN, timeout);
         }
-        if under_way.whole_search && reply.as_ref().map_or(true, |reply| reply.searched_expired) {
+        if under_way.searches_again && reply.as_ref().map_or(true, |reply| reply.searched_expired) {
             // Searches are seldom as it is: as long as that is cheap, each looks at every lease.
-            self.claims.leases.read_whole(self.now, took, reply.is_err(), Duration::ZERO);
+            self.claims.leases.rescanned(self.now, took, failed, Duration::ZERO, timeout);
         }
         match reply {
             Ok(reply) => self.take(&under_way, reply),
