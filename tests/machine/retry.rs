@@ -1,5 +1,6 @@
 //! Retry semantics against tables and bounds.
 
+use std::collections::BTreeSet;
 use std::time::Duration;
 
 use leasehold::machine::{AttemptResult, DbTime, Judged, RetryAfter, RetryPolicy, RowId, Verdict};
@@ -20,6 +21,19 @@ fn backoff_doubles_up_to_the_maximum() {
     let seconds = (1..=12).map(|number| retry().backoff(0, RowId(1), number).as_secs()).collect::<Vec<_>>();
     assert_eq!(seconds, [5, 10, 20, 40, 80, 160, 320, 640, 1280, 2560, 3600, 3600]);
     assert_eq!(retry().backoff(0, RowId(1), u32::MAX).as_secs(), 3600);
+}
+
+#[test]
+fn jitter_reaches_both_of_its_ends() {
+    let policy = RetryPolicy { jitter_bps: 1, initial: 10 * SECOND, ..retry() };
+    let delays: BTreeSet<u128> = (0..1_000).map(|row| policy.backoff(7, RowId(row), 1).as_millis()).collect();
+    assert_eq!(delays, BTreeSet::from([9_999, 10_000, 10_001]));
+}
+
+#[test]
+fn seconds_are_rounded_down() {
+    let seconds = [-1, 0, 1_999_999].map(|micros| DbTime::from_micros(micros).as_secs());
+    assert_eq!(seconds, [-1, 0, 1]);
 }
 
 #[test]

@@ -3,9 +3,9 @@
 use std::time::Duration;
 
 use leasehold::machine::{
-    Action, Answer, AttemptResult, ClaimRequest, EmbargoCause, HeartbeatEnd, Input, LeaseKey, Limits,
-    Observation, Place, RetryAfter, SettleKind, SettleReply, Status, StoreFault, Token, WorkerId,
-    WorkerSettings,
+    Action, Answer, AttemptResult, ClaimFailure, ClaimReply, ClaimRequest, EmbargoCause, HeartbeatEnd,
+    Incarnation, Input, LeaseKey, Limits, Observation, Place, RenewReply, RequestId, RetryAfter, RetryPolicy,
+    RowId, SettleKind, SettleReply, Status, StoreFault, Token, WorkerId, WorkerSettings,
 };
 
 use crate::bed::{Bed, MS, SECOND, aborts, limits, retry, settings, timing};
@@ -863,9 +863,12 @@ fn impossible_inputs_are_refused_and_change_nothing() {
 
 #[test]
 fn the_watch_is_never_longer_than_half_the_margin() {
-    let (bed, _) = one_open();
-    let until = bed.worker.next_wakeup().expect("leases are held").since(bed.now);
-    assert!(until <= Duration::from_millis(1_500));
+    let limits = Limits { poll_interval: Duration::from_secs(3_600), ..limits() };
+    let settings = WorkerSettings::parse(timing(30 * SECOND), limits, retry(), 7).expect("sound settings");
+    let mut bed = Bed::new(settings);
+    bed.add(1, "http://a");
+    bed.run(3 * SECOND);
+    assert_eq!(bed.worker.next_wakeup().map(|at| at.since(bed.now)), Some(1_500 * MS));
 }
 
 #[test]
@@ -981,4 +984,273 @@ fn a_refusal_for_good_after_a_failure_ends_the_precedence_of_settles() {
     bed.add(2, "http://b");
     bed.run(10 * SECOND);
     assert!(bed.opened().iter().any(|key| key.row.0 == 2), "the worker claims on");
+}
+
+#[test]
+fn a_cycle_counts_what_became_of_each_of_its_events() {
+    let limits = Limits { max_in_flight: 9, max_leased: 9, claim_batch: 9, ..limits() };
+    let retry = RetryPolicy { fail_statuses: [410].into(), ..retry() };
+    let settings = WorkerSettings::parse(timing(30 * SECOND), limits, retry, 7).expect("sound settings");
+    let mut bed = Bed::new(settings);
+    for id in 1..=7 {
+        bed.add(id, &format!("http://{id}"));
+    }
+    bed.wake();
+    bed.answer_all();
+    let keys = bed.opened();
+    assert_eq!(keys.len(), 7);
+    assert_eq!(bed.worker.open(), 7);
+    for (key, status) in keys.iter().zip([200, 201, 204, 500, 503, 410, 410]) {
+        bed.respond(*key, status);
+    }
+    bed.answer_all();
+    assert_eq!(bed.worker.open(), 0);
+    let cycles: Vec<_> = bed.seen.iter().filter(|seen| matches!(seen, Observation::Cycle(_))).collect();
+    let [Observation::Cycle(cycle)] = cycles[..] else { panic!("one cycle: {cycles:?}") };
+    assert_eq!((cycle.claimed, cycle.reclaimed, cycle.failed_by_claim), (7, 0, 0));
+    assert_eq!((cycle.delivered, cycle.retried, cycle.failed), (3, 2, 2));
+    assert_eq!((cycle.released, cycle.lost), (0, 0));
+}
+
+#[test]
+fn a_claim_that_only_failed_events_is_a_cycle_and_an_empty_one_is_none() {
+    let mut bed = Bed::new(settings());
+    bed.run(MS);
+    assert!(bed.seen.is_empty(), "{:?}", bed.seen);
+    bed.add(1, "http://a");
+    bed.row_mut(1).attempts = 20;
+    bed.run(10 * MS);
+    let cycles: Vec<_> = bed.seen.iter().filter(|seen| matches!(seen, Observation::Cycle(_))).collect();
+    let [Observation::Cycle(cycle)] = cycles[..] else { panic!("one cycle: {cycles:?}") };
+    assert_eq!((cycle.claimed, cycle.failed_by_claim), (0, 1));
+}
+
+#[test]
+fn a_refill_is_asked_for_when_no_more_than_the_cap_is_held() {
+    let mut bed = Bed::new(settings());
+    for id in 1..=20 {
+        bed.add(id, "http://a");
+    }
+    bed.wake();
+    bed.answer_all();
+    assert_eq!(bed.worker.leased(), 4, "twice the cap");
+    bed.respond(bed.opened()[0], 200);
+    bed.answer_all();
+    assert_eq!(bed.worker.leased(), 3);
+    bed.respond(bed.opened()[0], 200);
+    bed.answer_all();
+    assert_eq!(bed.worker.leased(), 4);
+}
+
+#[test]
+fn a_share_that_limits_a_claim_whose_reply_finds_room_again_is_refilled_at_once() {
+    let mut bed = Bed::new(settings());
+    for id in 1..=3 {
+        bed.add(id, "http://a");
+    }
+    bed.wake();
+    bed.answer_all();
+    let keys = bed.opened();
+    for id in 4..=20 {
+        bed.add(id, "http://a");
+    }
+    // A claim that may take one is under way while two events end: the cap is held when it is answered.
+    bed.now = bed.now.max(bed.worker.next_wakeup().expect("it polls"));
+    bed.wake();
+    let claim = bed.pending.remove(0);
+    assert!(matches!(&claim, Action::Claim(_, claim) if claim.shares[0].1 == 1), "{claim:?}");
+    for key in keys {
+        bed.respond(key, 200);
+        bed.answer_all();
+    }
+    assert_eq!(bed.worker.leased(), 1);
+    bed.answer(claim);
+    bed.answer_all();
+    assert_eq!(bed.worker.leased(), 4);
+}
+
+#[test]
+fn with_nothing_left_to_start_a_backlog_is_claimed_whatever_room_there_is() {
+    let limits = Limits { max_in_flight: 6, max_leased: 9, claim_batch: 8, ..limits() };
+    let settings = WorkerSettings::parse(timing(30 * SECOND), limits, retry(), 7).expect("sound settings");
+    let mut bed = Bed::new(settings);
+    for id in 1..=30 {
+        bed.add(id, &format!("http://{id}"));
+    }
+    bed.wake();
+    bed.answer_all();
+    assert_eq!((bed.worker.leased(), bed.opened().len()), (9, 6), "room for none");
+    let mut leased = Vec::new();
+    for _ in 0..3 {
+        bed.respond(bed.opened()[0], 200);
+        bed.answer_all();
+        leased.push(bed.worker.leased());
+    }
+    assert_eq!(leased, [8, 7, 8], "room for two is no half of a batch, until nothing is queued");
+}
+
+/// The next claim's request, the ones before it answered.
+fn next_claim(bed: &mut Bed) -> RequestId {
+    loop {
+        bed.now = bed.now.max(bed.worker.next_wakeup().expect("it polls"));
+        let claim = bed.wake().into_iter().find(|action| matches!(action, Action::Claim(..)));
+        if let Some(claim) = claim {
+            bed.pending.clear();
+            return Bed::request_of(&claim);
+        }
+        bed.answer_all();
+    }
+}
+
+#[test]
+fn what_falls_due_before_the_next_poll_is_claimed_then() {
+    for (due, wait) in [(20 * MS, 20 * MS), (300 * MS, 250 * MS), (Duration::ZERO, 250 * MS)] {
+        let mut bed = Bed::new(settings());
+        bed.run(3_100 * MS);
+        let request = next_claim(&mut bed);
+        let reply = ClaimReply {
+            db_now: bed.db().late,
+            incarnation: Incarnation::new("1"),
+            searched_expired: false,
+            grants: Vec::new(),
+            failed: Vec::new(),
+            front: None,
+            leases_front: None,
+            next_due_in: Some(due),
+            any_pending: None,
+        };
+        let start = bed.now;
+        bed.give(Input::Claimed { request, reply: Ok(reply) });
+        next_claim(&mut bed);
+        assert_eq!(bed.now.since(start), wait, "due in {due:?}");
+    }
+}
+
+#[test]
+fn while_a_look_fails_nothing_is_claimed() {
+    let mut bed = Bed::new(settings());
+    let request = next_claim(&mut bed);
+    let mut actions = bed.give(Input::Claimed { request, reply: Err(unknown()) });
+    for _ in 0..5 {
+        let look = loop {
+            assert!(!actions.iter().any(|action| matches!(action, Action::Claim(..))), "{actions:?}");
+            if let Some(look) = actions.iter().find(|action| matches!(action, Action::Owned(..))) {
+                break Bed::request_of(look);
+            }
+            bed.now = bed.now.max(bed.worker.next_wakeup().expect("it looks again"));
+            actions = bed.wake();
+        };
+        bed.pending.clear();
+        actions = bed.give(Input::Owned { request: look, reply: Err(unknown()) });
+    }
+}
+
+#[test]
+fn a_drain_ends_only_after_a_last_look() {
+    let mut bed = Bed::new(settings());
+    bed.run(MS);
+    bed.pending.clear();
+    let actions = bed.give(Input::Shutdown);
+    let look = actions.iter().find(|action| matches!(action, Action::Owned(..))).expect("a look").clone();
+    bed.pending.clear();
+    bed.now = bed.now.after(SECOND);
+    bed.wake();
+    assert!(bed.worker.ended().is_none());
+    bed.give(Input::Owned { request: Bed::request_of(&look), reply: Err(unknown()) });
+    assert!(bed.worker.ended().is_none(), "nor after one that failed");
+    bed.run(SECOND);
+    assert!(bed.worker.ended().is_some());
+}
+
+#[test]
+fn more_than_a_statement_of_ripe_leases_is_renewed_in_one_go() {
+    let limits =
+        Limits { max_leased: 2_000, claim_batch: 2_000, max_in_flight_per_destination: 1_000, ..limits() };
+    let settings = WorkerSettings::parse(timing(30 * SECOND), limits, retry(), 7).expect("sound settings");
+    let mut bed = Bed::new(settings);
+    for id in 1..=1_000 {
+        bed.add(id, "http://a");
+    }
+    bed.run(SECOND);
+    // Confirmed later: more than half of H old when the run begins, but not three quarters.
+    for id in 1_001..=1_200 {
+        bed.add(id, "http://a");
+    }
+    let (start, mut renewals) = (bed.now, Vec::new());
+    while bed.now.since(start) < 8 * SECOND {
+        bed.now = bed.now.max(bed.worker.next_wakeup().expect("it polls"));
+        bed.wake();
+        while !bed.pending.is_empty() {
+            let action = bed.pending.remove(0);
+            if let Action::Renew(_, renew) = &action {
+                renewals.push((bed.now.since(start).as_millis(), renew.keys.len()));
+            }
+            bed.answer(action);
+        }
+    }
+    let [(first, 1_000), (second, 200)] = renewals[..] else { panic!("{renewals:?}") };
+    assert_eq!(first, second);
+}
+
+#[test]
+fn a_renewal_alone_that_fails_is_repeated_ever_later() {
+    let (mut bed, key) = one_open();
+    let mut waits = Vec::new();
+    let mut failed_at = None;
+    while waits.len() < 3 {
+        assert!(bed.row(1).lease.as_ref().is_some_and(|lease| lease.until > bed.db().early), "{waits:?}");
+        bed.now = bed.now.max(bed.worker.next_wakeup().expect("it polls"));
+        bed.wake();
+        while !bed.pending.is_empty() {
+            let action = bed.pending.remove(0);
+            match &action {
+                Action::Renew(request, renew) if renew.wait => {
+                    assert_eq!(renew.keys, [key]);
+                    waits.extend(failed_at.map(|at| bed.now.since(at).as_millis()));
+                    failed_at = Some(bed.now);
+                    let reply = Err(StoreFault::NotApplied { error: String::new() });
+                    bed.give(Input::Renewed { request: *request, reply });
+                }
+                Action::Renew(request, _) => {
+                    let reply = RenewReply { db_now: bed.db().late, answers: vec![(key, Answer::Skipped)] };
+                    bed.give(Input::Renewed { request: *request, reply: Ok(reply) });
+                }
+                _ => drop(bed.answer(action)),
+            }
+        }
+    }
+    assert_eq!(waits, [20, 40, 80]);
+}
+
+#[test]
+fn a_waiting_renewal_whose_row_is_locked_again_is_repeated() {
+    let (mut bed, key) = one_open();
+    let mut alone = 0;
+    let start = bed.now;
+    while alone < 3 {
+        assert!(bed.now.since(start) < 20 * SECOND);
+        bed.now = bed.now.max(bed.worker.next_wakeup().expect("it polls"));
+        bed.wake();
+        while !bed.pending.is_empty() {
+            let action = bed.pending.remove(0);
+            if let Action::Renew(request, renew) = &action {
+                alone += u32::from(renew.wait);
+                let reply = RenewReply { db_now: bed.db().late, answers: vec![(key, Answer::Skipped)] };
+                bed.give(Input::Renewed { request: *request, reply: Ok(reply) });
+            } else {
+                bed.answer(action);
+            }
+        }
+    }
+}
+
+#[test]
+fn texts_for_logs_and_last_error_name_what_they_are_about() {
+    let key = LeaseKey { row: RowId(7), token: Token(42) };
+    assert_eq!(key.to_string(), "7#42");
+    assert_eq!(unknown().to_string(), "outcome unknown: timed out");
+    assert_eq!(StoreFault::NotApplied { error: "57014".into() }.to_string(), "not applied: 57014");
+    assert_eq!(StoreFault::Permanent { error: "23514".into() }.to_string(), "refused for good: 23514");
+    assert!(ClaimFailure::AttemptsSpent.last_error().starts_with("attempts spent"));
+    assert!(ClaimFailure::ReclaimsSpent.last_error().starts_with("reclaim limit"));
 }

@@ -80,3 +80,16 @@ fn every_broken_limit_is_reported_at_once() {
     );
     assert_eq!(errors[5].to_string(), "reclaim_limit is 2; allowed is 0 (off) or more than 3");
 }
+
+#[test]
+fn what_stands_on_a_bound_is_accepted() {
+    assert!(Timing::parse(raw(Duration::from_secs(86_400))).is_ok());
+    let grace = RawTiming { reclaim_grace: Some(30 * SECOND), ..raw(30 * SECOND) };
+    assert!(Timing::parse(grace).is_ok());
+    let parse = |limits| WorkerSettings::parse(timing(30 * SECOND), limits, retry(), 0);
+    assert!(parse(Limits { max_leased: 1_000_000, ..limits() }).is_ok());
+    // Longer than twice `R`, which is 5 s.
+    assert!(parse(Limits { drain_timeout: 10 * SECOND + MS, ..limits() }).is_ok());
+    let errors = parse(Limits { drain_timeout: 10 * SECOND, ..limits() }).expect_err("not longer");
+    assert_eq!(errors.iter().map(|error| error.setting()).collect::<Vec<_>>(), ["drain_timeout"]);
+}

@@ -94,9 +94,9 @@ impl Oracle {
     }
 
     /// How long what is ahead of the front by that much waits. Where claims that start ahead of it took too long, they
-    /// start a minute back, and each that takes little doubles that.
+    /// start a minute back, and each that takes little doubles that; the first is measured by claims from before.
     fn rescan(&self, age: DbMicros) -> Micros {
-        let turns = (age.max(0) / LEAST_BACK + 1).ilog2() + 1;
+        let turns = (age.max(0) / LEAST_BACK).checked_ilog2().map_or(1, |doubled| doubled + 2) + 1;
         let longest = self.terms.iter().map(|terms| terms.rescan_interval(self.longest_claim)).max();
         longest.unwrap_or(0) * u64::from(turns)
     }

@@ -59,28 +59,32 @@ impl<P: Copy + Ord> Front<P> {
     }
 
     /// Where the next claim starts, `None` being the beginning, and whether that is ahead of the front. `ago` says what
-    /// place had that age.
+    /// place has that age. Who knows no front starts at the beginning.
     fn start(&mut self, now: Moment, ago: impl Fn(Duration) -> P) -> (Option<P>, bool) {
         let due = now >= if self.asked { self.soonest } else { self.at };
-        if let Some(place) = self.place.filter(|_| !due) {
-            return (Some(place), false);
+        match self.place {
+            Some(place) if !due => (Some(place), false),
+            place => {
+                self.asked = false;
+                (place.zip(self.back.map(ago)).map(|(place, ago)| place.min(ago)), true)
+            }
         }
-        self.asked = false;
-        let from = self.back.map(ago);
-        (from.map(|from| self.place.map_or(from, |place| place.min(from))), true)
     }
 
     /// A claim from ahead of the front is over. One that failed may have been cut off, and says little of how long they
-    /// take, unless they go on failing. One that took a quarter of `timeout` might soon be cut off by it: the next ones
-    /// start less far back, and again farther as long as that takes little.
-    fn rescanned(&mut self, now: Moment, took: Duration, failed: bool, every: Duration, timeout: Duration) {
+    /// take, unless they go on failing.
+    fn rescanned(&mut self, now: Moment, took: Duration, failed: bool, every: Duration) {
         self.failures = if failed { self.failures.saturating_add(1) } else { 0 };
         let share = if failed { 1 << (self.failures - 1).min(4) } else { RESCAN_SHARE };
         self.soonest = now.after(took * share.min(RESCAN_SHARE));
         self.at = self.soonest.max(now.after(every));
-        if took * 4 > timeout {
+    }
+
+    /// The next one starts less far back if this one might soon be cut off for what it read there, and else farther.
+    fn adjust(&mut self, too_far: bool, failed: bool) {
+        if too_far {
             self.back = Some(self.back.map_or(LEAST_BACK, |back| back / 2).max(LEAST_BACK));
-        } else if !failed && took * 8 < timeout {
+        } else if !failed {
             self.back = self.back.map(|back| back * 2).filter(|back| *back <= MOST_BACK);
         }
     }
@@ -111,6 +115,8 @@ pub(super) struct Claims {
     queue: Front<Place>,
     /// By their tokens, which follow the database's clock.
     leases: Front<Token>,
+    /// How long the last claim took that started at both fronts, or as little ahead of them as any.
+    usual: Duration,
     /// The next claim reads no more of the queue than that. What shares keep out of a claim is read, and locked, for
     /// nothing, so that after one which shares limited it is twice what that one found.
     reach: u32,
@@ -137,6 +143,7 @@ impl Claims {
             backlog: false,
             queue: Front::new(now),
             leases: Front::new(now),
+            usual: Duration::ZERO,
             reach: u32::MAX,
             refill: false,
             search_at: now,
@@ -288,13 +295,24 @@ impl Worker {
         // However long this process was stopped.
         let took = self.now.since(under_way.sent).min(timeout);
         let failed = reply.is_err();
+        // A quarter of the timeout more than without: a store that is slow in itself keeps nothing from being found.
+        let too_far = took.saturating_sub(self.claims.usual) * 4 > timeout;
+        let nearest = |ahead: bool, back| !ahead || back == Some(LEAST_BACK);
+        if !failed
+            && nearest(under_way.rescans, self.claims.queue.back)
+            && nearest(under_way.searches_again, self.claims.leases.back)
+        {
+            self.claims.usual = took;
+        }
         if under_way.rescans {
             let took = if planted!(self, RescanSeldom) { took * 20 } else { took };
-            self.claims.queue.rescanned(self.now, took, failed, RESCAN, timeout);
+            self.claims.queue.rescanned(self.now, took, failed, RESCAN);
+            self.claims.queue.adjust(too_far, failed);
         }
         if under_way.searches_again && reply.as_ref().map_or(true, |reply| reply.searched_expired) {
             // Searches are seldom as it is: as long as that is cheap, each looks at every lease.
-            self.claims.leases.rescanned(self.now, took, failed, Duration::ZERO, timeout);
+            self.claims.leases.rescanned(self.now, took, failed, Duration::ZERO);
+            self.claims.leases.adjust(too_far, failed);
         }
         match reply {
             Ok(reply) => self.take(&under_way, reply),
