@@ -3,9 +3,10 @@
 use std::time::Duration;
 
 use leasehold::machine::{
-    Action, Answer, AttemptResult, ClaimFailure, ClaimReply, ClaimRequest, EmbargoCause, HeartbeatEnd,
-    Incarnation, Input, LeaseKey, Limits, Observation, Place, RenewReply, RequestId, RetryAfter, RetryPolicy,
-    RowId, SettleKind, SettleReply, Status, StoreFault, Token, WorkerId, WorkerSettings,
+    Action, Answer, AttemptResult, ClaimAnswer, ClaimFailure, ClaimReply, ClaimRequest, ClaimTerms,
+    EmbargoCause, HeartbeatEnd, Incarnation, Input, LeaseKey, Limits, Observation, Place, RenewReply,
+    RequestId, RetryAfter, RetryPolicy, RowId, SettleKind, SettleReply, Status, StoreFault, Token, WorkerId,
+    WorkerSettings,
 };
 
 use crate::bed::{Bed, MS, SECOND, aborts, limits, retry, settings, timing};
@@ -579,22 +580,54 @@ fn a_scan_that_takes_long_makes_the_next_start_a_minute_ago_and_then_ever_farthe
     let farther = (0..11).map(|turn| Some(64 << turn)).chain([None, None]);
     assert_eq!(ages[..13], farther.collect::<Vec<_>>());
     // And back again, as far as it takes long.
+    fail_slowly(&mut bed);
+    assert_eq!(ages_within(&mut bed, 7 * SECOND)[..2], [Some(64), Some(128)]);
+    fail_slowly(&mut bed);
+    assert_eq!(ages_within(&mut bed, 7 * SECOND)[..2], [Some(128), Some(256)]);
+}
+
+/// The next claim from ahead of the front has no answer for 4 s.
+fn fail_slowly(bed: &mut Bed) {
     let request = loop {
         bed.now = bed.now.max(bed.worker.next_wakeup().expect("it polls"));
-        let action = bed
-            .wake()
-            .into_iter()
-            .find(|action| matches!(action, Action::Claim(_, claim) if is_rescan(&bed, claim)));
-        match action {
+        let mut actions = bed.wake().into_iter();
+        match actions.find(|action| matches!(action, Action::Claim(_, claim) if is_rescan(bed, claim))) {
             Some(action) => break Bed::request_of(&action),
             None => bed.answer_all(),
         }
     };
     bed.pending.clear();
-    bed.now = bed.now.after(SECOND * 4);
+    bed.now = bed.now.after(4 * SECOND);
     bed.give(Input::Claimed { request, reply: Err(StoreFault::NotApplied { error: "57014".into() }) });
     bed.answer_all();
-    assert_eq!(ages_within(&mut bed, 7 * SECOND)[..2], [Some(64), Some(128)]);
+}
+
+#[test]
+fn a_store_that_is_slow_in_itself_keeps_no_claim_from_the_beginning() {
+    // With the longer interval every claim starts ahead of the front.
+    for poll_interval in [250 * MS, 60 * SECOND] {
+        let limits = Limits { poll_interval, ..limits() };
+        let settings =
+            WorkerSettings::parse(timing(30 * SECOND), limits, retry(), 7).expect("sound settings");
+        let mut bed = Bed::new(settings);
+        let mut ages = Vec::new();
+        for _ in 0..400 {
+            if bed.pending.is_empty() {
+                bed.now = bed.now.max(bed.worker.next_wakeup().expect("it polls"));
+                bed.wake();
+                continue;
+            }
+            let action = bed.pending.remove(0);
+            if let Action::Claim(_, claim) = &action {
+                ages.push(claim.from.map(|from| bed.db().early.since(from.due).as_secs()));
+                bed.now = bed.now.after(1_500 * MS);
+            }
+            bed.answer(action);
+        }
+        ages.retain(|age| *age > Some(10) || age.is_none());
+        assert!(ages[0].is_none() && ages[1] == Some(64), "{ages:?}");
+        assert!(ages[2..].contains(&None), "{ages:?}");
+    }
 }
 
 /// A minute ahead of the front at least.
@@ -1131,7 +1164,7 @@ fn while_a_look_fails_nothing_is_claimed() {
     let mut bed = Bed::new(settings());
     let request = next_claim(&mut bed);
     let mut actions = bed.give(Input::Claimed { request, reply: Err(unknown()) });
-    for _ in 0..5 {
+    for _ in 0..10 {
         let look = loop {
             assert!(!actions.iter().any(|action| matches!(action, Action::Claim(..))), "{actions:?}");
             if let Some(look) = actions.iter().find(|action| matches!(action, Action::Owned(..))) {
@@ -1253,4 +1286,31 @@ fn texts_for_logs_and_last_error_name_what_they_are_about() {
     assert_eq!(StoreFault::Permanent { error: "23514".into() }.to_string(), "refused for good: 23514");
     assert!(ClaimFailure::AttemptsSpent.last_error().starts_with("attempts spent"));
     assert!(ClaimFailure::ReclaimsSpent.last_error().starts_with("reclaim limit"));
+}
+
+#[test]
+fn without_a_reclaim_limit_no_event_fails_for_running_out() {
+    let terms =
+        ClaimTerms { lease: SECOND, grace: Duration::ZERO, expired: true, reclaim_limit: 0, retry_budget: 0 };
+    let mut bed = Bed::new(settings());
+    bed.add(1, "http://a");
+    for reclaims in 0..200 {
+        let db = bed.db();
+        let answer = bed.row_mut(1).claim(db, &WorkerId::new("dies"), &terms);
+        assert!(matches!(answer, ClaimAnswer::Granted { .. }), "{answer:?} after {reclaims}");
+        assert_eq!(bed.row(1).reclaims, reclaims);
+        bed.now = bed.now.after(2 * SECOND);
+    }
+}
+
+#[test]
+fn a_token_rises_whatever_the_clock_shows() {
+    let terms =
+        ClaimTerms { lease: SECOND, grace: Duration::ZERO, expired: true, reclaim_limit: 0, retry_budget: 0 };
+    let mut bed = Bed::new(settings());
+    bed.add(1, "http://a");
+    let (db, ahead) = (bed.db(), Token::of(bed.db().late).0 + 3_600_000);
+    bed.row_mut(1).token = Token(ahead);
+    bed.row_mut(1).claim(db, &WorkerId::new("w"), &terms);
+    assert_eq!(bed.row(1).token, Token(ahead + 1));
 }
