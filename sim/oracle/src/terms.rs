@@ -56,8 +56,8 @@ impl Terms {
         self.poll_interval.max(self.reclaim_grace / 2)
     }
 
-    /// How seldom claims may start ahead of the front of the queue, or of the leases, if such a claim takes up to `took`: every other second, or
-    /// so that it takes a tenth of the time.
+    /// How seldom claims may start ahead of the front of the queue, or of the leases, if such a claim takes up to `took`:
+    /// every other second, or so that it takes a tenth of the time.
     pub fn rescan_interval(&self, took: u64) -> u64 {
         (10 * took.min(self.store_timeout)).max(2_000_000) + self.store_timeout
     }

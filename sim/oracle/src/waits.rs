@@ -28,8 +28,8 @@ impl Oracle {
     }
 
     /// **L2**: an orphan is taken within `L + G`, one search and, under an embargo, one `L` more; by a search that starts
-    /// ahead of the front of the leases if its claim committed more than a second after it took its token, by the most that the
-    /// database's clock ever showed, or if the database lost commits.
+    /// ahead of the front of the leases if its claim committed more than a second after it took its token, by the most
+    /// that the database's clock ever showed, or if the database lost commits.
     pub(crate) fn check_orphan(&mut self, claim: Claim) -> Verdict {
         let terms = *self.terms_of(claim.worker);
         let event = &self.events[claim.event as usize];

@@ -241,8 +241,11 @@ impl Worker {
         // What has emptied the outbox is seen from its beginning.
         let whole = self.settings.until_empty && !self.claims.backlog;
         let db_now = self.db_now();
-        let (from, rescans) = self.claims.queue.start(self.now, |back| Place::ahead_of(db_now.before(back)));
-        let from = from.filter(|_| !whole);
+        let (from, rescans) = if whole {
+            (None, true)
+        } else {
+            self.claims.queue.start(self.now, |back| Place::ahead_of(db_now.before(back)))
+        };
         let from = if planted!(self, FrontKept) { self.claims.queue.place } else { from };
         let (leases_from, searches_again) = if expired {
             self.claims.leases.start(self.now, |back| Token::of(db_now.before(back)))
@@ -385,9 +388,7 @@ impl Worker {
             *granted.entry(grant.destination.clone()).or_default() += 1;
             self.hold(under_way, grant);
         }
-        self.note_hunger(under_way, &granted);
-        let limited =
-            !self.claims.backlog && self.destinations.values().any(|destination| destination.hungry);
+        let limited = self.note_hunger(under_way, &granted) && !self.claims.backlog;
         self.claims.reach = if limited { found.saturating_mul(2).max(LEAST_REACH) } else { u32::MAX };
         match self.cycles.get(&under_way.request) {
             Some(cycle) if cycle.outstanding == 0 && found > 0 => self.end_cycle(under_way.request),
@@ -464,14 +465,17 @@ impl Worker {
         }
     }
 
-    /// Which destinations were limited by their share rather than by the outbox.
-    fn note_hunger(&mut self, under_way: &UnderWay, granted: &BTreeMap<DestinationKey, u32>) {
+    /// Which destinations were limited by their share rather than by the outbox. Answers whether any was.
+    fn note_hunger(&mut self, under_way: &UnderWay, granted: &BTreeMap<DestinationKey, u32>) -> bool {
+        let mut any = false;
         let cap = self.settings.limits().max_in_flight_per_destination;
         for (name, destination) in &mut self.destinations {
             let room = under_way.shares.get(name).copied().unwrap_or(cap.saturating_mul(2));
             destination.hungry = granted.get(name).copied().unwrap_or(0) >= room;
             self.claims.refill |= destination.hungry && destination.held <= cap;
+            any |= destination.hungry;
         }
+        any
     }
 
     /// **P10**: for one `L` no expired leases. Not extended, nor begun again before one search was made.
