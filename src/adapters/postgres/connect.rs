@@ -195,14 +195,20 @@ impl Drop for Borrowed {
 mod tests {
     use super::*;
 
+    fn options() -> PostgresOptions {
+        PostgresOptions { store_timeout: Duration::from_secs(5), max_payload: 1, prepared_statements: true }
+    }
+
+    #[test]
+    fn the_server_gives_a_statement_up_before_the_worker_does() {
+        let hosts = Hosts::parse("postgres://a/shop", &options()).expect("a URL");
+        let given = hosts.bounded[0].get_options().expect("options of the connection");
+        assert!(given.contains("statement_timeout=4500"), "{given}");
+    }
+
     #[test]
     fn calls_that_fail_together_turn_once() {
-        let options = PostgresOptions {
-            store_timeout: Duration::from_secs(5),
-            max_payload: 1,
-            prepared_statements: true,
-        };
-        let hosts = Hosts::parse("postgres://a,b/shop", &options).expect("a URL");
+        let hosts = Hosts::parse("postgres://a,b/shop", &options()).expect("a URL");
         hosts.turn(0);
         hosts.turn(0);
         assert_eq!(hosts.index(), 1);
@@ -211,12 +217,7 @@ mod tests {
     }
 
     fn hosts(url: &str) -> Vec<(String, u16)> {
-        let options = PostgresOptions {
-            store_timeout: Duration::from_secs(5),
-            max_payload: 1,
-            prepared_statements: true,
-        };
-        let hosts = Hosts::parse(url, &options).expect("a URL");
+        let hosts = Hosts::parse(url, &options()).expect("a URL");
         hosts.plain.iter().map(|host| (host.get_host().to_owned(), host.get_port())).collect()
     }
 
@@ -229,12 +230,7 @@ mod tests {
 
     #[test]
     fn a_bad_url_is_refused_without_showing_its_password() {
-        let options = PostgresOptions {
-            store_timeout: Duration::from_secs(5),
-            max_payload: 1,
-            prepared_statements: true,
-        };
-        let error = Hosts::parse("postgres://u:secret@a:notaport/shop", &options).expect_err("a bad port");
+        let error = Hosts::parse("postgres://u:secret@a:notaport/shop", &options()).expect_err("a bad port");
         assert!(!error.to_string().contains("secret"), "{error}");
     }
 }
