@@ -91,6 +91,7 @@ fn claim(row: &mut Row, clock: DbClock, owner: &WorkerId, step: &Step) {
         expired: step.numbers[3] > 0,
         reclaim_limit: step.numbers[3].unsigned_abs() as u32,
         retry_budget: 0,
+        valid_until: None,
     };
     match row.claim(clock, owner, &terms) {
         ClaimAnswer::NotEligible => assert_eq!(*row, before),

@@ -111,6 +111,7 @@ bugs! {
     SearchSeldom, Place::Machine(Planted::SearchSeldom), L2, 5000, "expired leases are searched for every 4 L";
     PollSeldom, Place::Machine(Planted::PollSeldom), L3, 500, "the outbox is polled every 40 intervals";
     FrontKept, Place::Machine(Planted::FrontKept), L1, 2000, "no claim starts at the beginning of the queue again";
+    ClaimsValidForEver, Place::Machine(Planted::ClaimsValidForEver), S2, 5000, "a claim that begins long after its client gave up takes events";
     LeasesFrontKept, Place::Machine(Planted::LeasesFrontKept), L1, 5000, "no search starts at the first of the leases again";
     FrontAtNow, Place::Machine(Planted::FrontAtNow), L3, 2000, "claims pass over what commits shortly after it fell due";
     RescanSeldom, Place::Machine(Planted::RescanSeldom), L3, 5000, "a scan from the beginning keeps the next one away for 200 times as long";

@@ -40,7 +40,11 @@ impl World<'_> {
     }
 
     fn send_statement(&mut self, slot: usize, statement: u32) {
-        let delay = self.network_delay();
+        let mut delay = self.network_delay();
+        let (rate, late) = self.weather.late_call;
+        if self.net.rarely(rate) {
+            delay += late;
+        }
         if !self.slots[slot].cut_to && !self.net.rarely(self.weather.loss) {
             self.after(delay, Happening::Arrive(statement));
         }

@@ -68,6 +68,7 @@ impl World<'_> {
             Fault::LateCommit(rate, by) => self.weather.late_commit = (rate, by),
             Fault::Abort(rate) => self.weather.abort = rate,
             Fault::Delay(most) => self.weather.delay = most,
+            Fault::LateCall(rate, by) => self.weather.late_call = (rate, by),
             Fault::Stall(most) => self.weather.stall = most,
             Fault::LockRow(event) => {
                 if self.store.lock_outside(event) {
@@ -129,6 +130,7 @@ impl World<'_> {
             Fault::LateCommit(..) => self.weather.late_commit = (0, 0),
             Fault::Abort(_) => self.weather.abort = 0,
             Fault::Delay(_) => self.weather.delay = 0,
+            Fault::LateCall(..) => self.weather.late_call = (0, 0),
             Fault::Stall(_) => self.weather.stall = 0,
             Fault::LockRow(event) => {
                 if (event as usize) < self.schedule.events.len() {

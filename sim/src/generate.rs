@@ -123,6 +123,7 @@ pub fn generate(seed: u64, profile: Profile) -> Schedule {
         Schedule { seed, profile, settings, slots, destinations, events, pace, faults: Vec::new(), heal_at };
     let mut faults = Vec::new();
     add_faults(&schedule, &mut Rng::new(seed, "faults"), &mut faults);
+    call_late(&mut Rng::new(seed, "hung calls"), timeout, lease, &mut faults);
     faults.sort_by_key(|timed| timed.at);
     schedule.faults = faults;
     schedule
@@ -285,6 +286,16 @@ fn commit_late(rng: &mut Rng, events: &mut [EventPlan]) {
             if rng.percent(rate) {
                 event.late = rng.spread(MS, 8 * S).min(event.at);
             }
+        }
+    }
+}
+
+/// Where the network is slow, some connections hang for long and deliver after all.
+fn call_late(rng: &mut Rng, timeout: u64, lease: u64, faults: &mut Vec<Timed>) {
+    for timed in faults.clone() {
+        if matches!(timed.fault, Fault::Delay(_)) && rng.percent(50) {
+            let fault = Fault::LateCall(rng.spread(300, 40_000) as u32, rng.within(timeout, 4 * lease));
+            faults.push(Timed { fault, ..timed });
         }
     }
 }

@@ -315,6 +315,8 @@ pub enum Fault {
     Abort(u32),
     /// Every message takes that much longer, at most.
     Delay(u64),
+    /// So many of 65536 calls to the store arrive that much later, whether or not somebody still waits for them.
+    LateCall(u32, u64),
     /// Every statement waits that long, at most, between its start and its locks.
     Stall(u64),
     /// An outside session locks the row of an event.

@@ -79,7 +79,8 @@ impl Statement {
             ask,
             began: 0,
             locked: 0,
-            epoch: 0,
+            // Not begun: nothing can cancel it.
+            epoch: u32::MAX,
             rows: Vec::new(),
             searched: false,
             candidates: Vec::new(),

@@ -188,7 +188,8 @@ impl Store {
         let up_for = statement.began.saturating_sub(self.booted);
         let long_up = self.booted == 0 || Duration::from_micros(up_for) >= request.terms.lease;
         let known = request.incarnation.as_ref() == Some(&self.incarnation);
-        statement.searched = request.terms.expired && long_up && known;
+        let valid = request.terms.valid(early);
+        statement.searched = request.terms.expired && long_up && known && valid;
         let terms = self.terms(request, statement.searched);
         statement.candidates.clear();
         let (mut next_due, mut leases_front) = (None, Token(i64::MAX));
@@ -225,7 +226,7 @@ impl Store {
             self.pending.iter().copied().for_each(&mut consider);
         }
         statement.candidates.sort_unstable();
-        let candidates = statement.candidates.iter().map(|&(turn, _, row)| (turn, row));
+        let candidates = statement.candidates.iter().map(|&(turn, _, row)| (turn, row)).filter(|_| valid);
         statement.picked = self.choose(request, candidates);
         statement.leases_front = statement.searched.then_some(leases_front);
         statement.next_due_in = next_due.map(|due| due.since(early));
@@ -268,11 +269,12 @@ impl Store {
         let Ask::Claim(request) = &statement.ask else { return };
         let seen = self.seen(statement.began);
         let terms = self.terms(request, statement.searched);
+        let valid = terms.valid(self.db(statement.began));
         let mut candidates = std::mem::take(&mut statement.picked);
         candidates.retain(|(turn, _)| *turn < FRESH);
         let mut front = request.limit;
         for &(turn, _, row) in &statement.candidates {
-            if turn != FRESH || !self.is_free(row) {
+            if turn != FRESH || !valid || !self.is_free(row) {
                 continue;
             }
             if front > 0 {
@@ -463,7 +465,7 @@ impl Store {
         let bug = self.bug;
         let row = &mut self.rows[event as usize];
         let (token, attempts, due) = (row.token, row.attempts, row.next_attempt_at);
-        let mut clock = clock;
+        let (mut clock, mut terms) = (clock, *terms);
         match bug {
             Some(Bug::LeaseFromEarlyClock) => clock.late = clock.early,
             Some(Bug::ClaimIgnoresSpent) => row.attempts = 0,
@@ -477,10 +479,11 @@ impl Store {
             ) => {
                 let until = row.lease.as_ref().map_or(clock.early, |lease| lease.until.after(terms.grace));
                 clock.early = clock.early.max(until).max(due);
+                terms.valid_until = None;
             }
             _ => {}
         }
-        let answer = row.claim(clock, owner, terms);
+        let answer = row.claim(clock, owner, &terms);
         match bug {
             Some(Bug::ClaimIgnoresSpent) => row.attempts = attempts,
             Some(Bug::TokenKept) if token.0 > 0 => row.token = token,

@@ -159,6 +159,7 @@ pub(crate) struct Weather {
     pub(crate) late_commit: (u32, u64),
     pub(crate) abort: u32,
     pub(crate) delay: u64,
+    pub(crate) late_call: (u32, u64),
     pub(crate) stall: u64,
 }
 

@@ -34,6 +34,7 @@ planted! {
     PollSeldom,
     FrontKept,
     LeasesFrontKept,
+    ClaimsValidForEver,
     FrontAtNow,
     RescanSeldom,
     RescanNear,

@@ -57,6 +57,7 @@ fn table() -> String {
         expired,
         reclaim_limit: 4,
         retry_budget: 0,
+        valid_until: None,
     };
     let error = || "boom".to_owned();
     let settles = [

@@ -245,6 +245,58 @@ fn a_claim_that_commits_late_is_released_as_well() {
     assert!(bed.seen.iter().any(|seen| matches!(seen, Observation::OrphanReleased { .. })));
 }
 
+/// The next claim that is sent, unanswered.
+fn next_claim_lost(bed: &mut Bed) -> Action {
+    loop {
+        bed.now = bed.now.max(bed.worker.next_wakeup().expect("it polls"));
+        bed.wake();
+        if let Some(at) = bed.pending.iter().position(|action| matches!(action, Action::Claim(..))) {
+            return bed.pending.remove(at);
+        }
+        bed.answer_all();
+    }
+}
+
+/// Lies somewhere on its way, long after the worker gave it up and all its looks found nothing.
+#[test]
+fn a_claim_that_arrives_later_than_anybody_waits_takes_nothing() {
+    let (timeout, grace) = (settings().timing().store_timeout(), settings().timing().reclaim_grace());
+    for (late, takes) in [(timeout + grace, true), (timeout + grace + MS, false)] {
+        let mut bed = Bed::new(settings());
+        bed.run(SECOND);
+        let claim = next_claim_lost(&mut bed);
+        let request = Bed::request_of(&claim);
+        let sent = bed.now;
+        bed.run(timeout);
+        bed.give(Input::Claimed { request, reply: Err(unknown()) });
+        bed.run(late - bed.now.since(sent));
+        bed.pending.clear();
+        bed.add(1, "http://a");
+        bed.apply(claim);
+        assert_eq!(bed.row(1).lease.is_some(), takes, "{late:?} after it was sent");
+    }
+}
+
+/// It can't say until when it is valid, since no reply has told it the database's time yet.
+#[test]
+fn what_the_very_first_claim_may_take_at_any_time_is_looked_for_ever_after() {
+    let mut bed = Bed::new(settings());
+    bed.wake();
+    let claim = bed.pending.remove(0);
+    let request = Bed::request_of(&claim);
+    bed.give(Input::Claimed { request, reply: Err(unknown()) });
+    bed.run(300 * SECOND);
+    bed.add(1, "http://a");
+    bed.apply(claim);
+    assert!(bed.row(1).lease.is_some(), "it was applied");
+    let lease = bed.row(1).token;
+    bed.run(settings().timing().lease());
+    let released =
+        |seen: &Observation| matches!(seen, Observation::OrphanReleased { key } if key.token == lease);
+    assert!(bed.seen.iter().any(released));
+    assert_eq!(bed.row(1).reclaims, 0, "before it ran out");
+}
+
 #[test]
 fn a_row_locked_twice_is_renewed_alone_and_holds_up_nobody() {
     let mut bed = Bed::new(settings());
@@ -401,6 +453,7 @@ fn process_start_is_no_embargo() {
         expired: true,
         reclaim_limit: 0,
         retry_budget: 0,
+        valid_until: None,
     };
     let db = bed.db();
     bed.row_mut(1).claim(db, &other, &terms);
@@ -976,6 +1029,7 @@ fn an_embargo_is_not_extended_before_a_search_was_made() {
         expired: false,
         reclaim_limit: 0,
         retry_budget: 0,
+        valid_until: None,
     };
     let db = bed.db();
     bed.row_mut(1).claim(db, &WorkerId::new("dead"), &terms);
@@ -1290,8 +1344,14 @@ fn texts_for_logs_and_last_error_name_what_they_are_about() {
 
 #[test]
 fn without_a_reclaim_limit_no_event_fails_for_running_out() {
-    let terms =
-        ClaimTerms { lease: SECOND, grace: Duration::ZERO, expired: true, reclaim_limit: 0, retry_budget: 0 };
+    let terms = ClaimTerms {
+        lease: SECOND,
+        grace: Duration::ZERO,
+        expired: true,
+        reclaim_limit: 0,
+        retry_budget: 0,
+        valid_until: None,
+    };
     let mut bed = Bed::new(settings());
     bed.add(1, "http://a");
     for reclaims in 0..200 {
@@ -1305,8 +1365,14 @@ fn without_a_reclaim_limit_no_event_fails_for_running_out() {
 
 #[test]
 fn a_token_rises_whatever_the_clock_shows() {
-    let terms =
-        ClaimTerms { lease: SECOND, grace: Duration::ZERO, expired: true, reclaim_limit: 0, retry_budget: 0 };
+    let terms = ClaimTerms {
+        lease: SECOND,
+        grace: Duration::ZERO,
+        expired: true,
+        reclaim_limit: 0,
+        retry_budget: 0,
+        valid_until: None,
+    };
     let mut bed = Bed::new(settings());
     bed.add(1, "http://a");
     let (db, ahead) = (bed.db(), Token::of(bed.db().late).0 + 3_600_000);

@@ -81,6 +81,7 @@ pub(crate) trait Bed {
                 expired: true,
                 reclaim_limit: 0,
                 retry_budget: 0,
+                valid_until: None,
             },
             limit: 100,
             incarnation: Some(self.incarnation()),

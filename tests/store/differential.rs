@@ -42,6 +42,8 @@ enum Step {
         from: Option<usize>,
         /// Leases from the token of that row on.
         leases_from: Option<usize>,
+        /// It may begin until so many microseconds after it does.
+        valid: Option<i64>,
     },
     Renew {
         owner: u8,
@@ -111,9 +113,10 @@ fn step() -> impl Strategy<Value = Step> {
             prop::bool::weighted(0.8),
             prop::option::weighted(0.2, 0..ROWS),
             prop::option::weighted(0.3, 0..ROWS),
+            prop::option::weighted(0.2, -1_i64..=1),
         )
-            .prop_map(|(owner, limit, probation, share, held, limits, search, from, leases_from)| Step::Claim {
-                owner, limit, probation, share, held, limits, search, from, leases_from
+            .prop_map(|(owner, limit, probation, share, held, limits, search, from, leases_from, valid)| Step::Claim {
+                owner, limit, probation, share, held, limits, search, from, leases_from, valid
             }),
         3 => (owner(), prop::collection::vec(of(), 1..4), 1_u64..4_000)
             .prop_map(|(owner, of, millis)| Step::Renew { owner, of, millis }),
@@ -174,7 +177,9 @@ impl Rows {
 
     fn choose(&self, clock: DbClock, request: &ClaimRequest) -> Vec<usize> {
         let mut order: Vec<_> = (0..self.rows.len())
-            .filter(|at| self.rows[*at].row.eligible(clock.early, &request.terms))
+            .filter(|at| {
+                request.terms.valid(clock.early) && self.rows[*at].row.eligible(clock.early, &request.terms)
+            })
             .filter(|at| self.rows[*at].row.lease.is_none() || self.is_looked_at(*at, request))
             .filter(|at| {
                 !self.is_fresh(*at) || request.from.is_none_or(|from| place(&self.rows[*at]) >= from)
@@ -219,16 +224,15 @@ impl Rows {
     /// Whether a search looks at that row.
     fn is_looked_at(&self, at: usize, request: &ClaimRequest) -> bool {
         let row = &self.rows[at].row;
-        request.terms.expired
-            && row.lease.is_some()
-            && request.leases_from.is_none_or(|from| row.token >= from)
+        row.lease.is_some() && request.leases_from.is_none_or(|from| row.token >= from)
     }
 
     /// The front of the leases as a claim finds it.
-    fn leases_front(&self, request: &ClaimRequest) -> Option<Token> {
+    fn leases_front(&self, early: DbTime, request: &ClaimRequest) -> Option<Token> {
+        let searched = request.terms.expired && request.terms.valid(early);
         let looked_at = (0..self.rows.len()).filter(|at| self.is_looked_at(*at, request));
         let first = looked_at.map(|at| self.rows[at].row.token).min();
-        request.terms.expired.then(|| first.unwrap_or(Token(i64::MAX)))
+        searched.then(|| first.unwrap_or(Token(i64::MAX)))
     }
 
     /// The front of the queue as a claim that takes these rows leaves it.
@@ -382,9 +386,9 @@ async fn ask<T: Bed>(bed: &T, request: &Request) -> Told {
     }
 }
 
-fn request_of(step: &Step, rows: &Rows) -> Option<Request> {
+fn request_of(step: &Step, rows: &Rows, now: DbTime) -> Option<Request> {
     Some(match step {
-        Step::Claim { owner, limit, probation, share, held, limits, search, from, leases_from } => {
+        Step::Claim { owner, limit, probation, share, held, limits, search, from, leases_from, valid } => {
             Request::Claim(ClaimRequest {
                 owner: worker(*owner),
                 terms: ClaimTerms {
@@ -393,6 +397,7 @@ fn request_of(step: &Step, rows: &Rows) -> Option<Request> {
                     expired: *search,
                     reclaim_limit: limits.0,
                     retry_budget: limits.1,
+                    valid_until: valid.map(|left| DbTime::from_micros(now.as_micros() + left)),
                 },
                 limit: *limit,
                 incarnation: None,
@@ -448,7 +453,7 @@ fn model(rows: &mut Rows, clock: DbClock, request: &Request, seen: &mut Seen) ->
             let (mut grants, mut failed) = (BTreeSet::new(), BTreeSet::new());
             let full = rows.choose(clock, request);
             let front = Some(rows.front(clock, request, &full));
-            let leases_front = rows.leases_front(request);
+            let leases_front = rows.leases_front(clock.early, request);
             if request.leases_from.is_some() {
                 let all = rows.choose(clock, &ClaimRequest { leases_from: None, ..request.clone() });
                 if all != full {
@@ -541,7 +546,7 @@ async fn play<T: Bed>(
     let tokens = rows.iter().map(|_| vec![Token(0)]).collect();
     let mut rows = Rows { rows, tokens };
     for (number, step) in steps.iter().enumerate() {
-        let Some(mut request) = request_of(step, &rows) else { continue };
+        let Some(mut request) = request_of(step, &rows, bed.now()) else { continue };
         if let Request::Claim(claim) = &mut request
             && !T::POSTGRES
         {

@@ -38,6 +38,8 @@ enum What {
         from: Option<usize>,
         /// Leases from the token of that row on.
         leases_from: Option<usize>,
+        /// Whether it begins in time.
+        valid: bool,
         /// Stopped between its snapshot and its locks.
         stopped: bool,
     },
@@ -102,11 +104,11 @@ fn what() -> impl Strategy<Value = What> {
             prop::bool::weighted(0.9),
             prop::option::weighted(0.2, 0..ROWS),
             prop::option::weighted(0.2, 0..ROWS),
-            prop::bool::weighted(0.3),
+            (prop::bool::weighted(0.95), prop::bool::weighted(0.3)),
         )
-            .prop_map(|(owner, limit, probation, share, held, limits, search, from, leases_from, stopped)| {
+            .prop_map(|(owner, limit, probation, share, held, limits, search, from, leases_from, (valid, stopped))| {
                 What::Claim {
-                    owner, limit, probation, share, held, limits, search, from, leases_from, stopped
+                    owner, limit, probation, share, held, limits, search, from, leases_from, valid, stopped
                 }
             }),
         1 => (owner(), prop::collection::vec(of(), 1..4), millis())
@@ -396,7 +398,17 @@ impl Pair<'_, '_> {
         let millis = Duration::from_millis;
         match what {
             What::Claim {
-                owner, limit, probation, share, held, limits, search, from, leases_from, ..
+                owner,
+                limit,
+                probation,
+                share,
+                held,
+                limits,
+                search,
+                from,
+                leases_from,
+                valid,
+                ..
             } => {
                 let room = |(second, room): &(bool, u32)| {
                     let key = if *second { "https://b.example" } else { "https://a.example" };
@@ -414,6 +426,7 @@ impl Pair<'_, '_> {
                         expired: *search,
                         reclaim_limit: limits.0,
                         retry_budget: limits.1,
+                        valid_until: (!valid).then(DbTime::default),
                     },
                     limit: *limit,
                     incarnation: Some(self.real.bed.incarnation()),

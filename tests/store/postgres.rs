@@ -485,6 +485,7 @@ fn claim_query(
         .bind(None::<i64>)
         .bind(0_i64)
         .bind(0_i64)
+        .bind(None::<i64>)
 }
 
 /// Thousands of delivered, leased and future rows; a few that are due.
@@ -521,13 +522,13 @@ async fn explain_claim(bed: &Pg, limit: u32, share: u32, full: &str, search: boo
     }
     let prepare = format!(
         "prepare claim (text, bigint, bigint, bool, text, int, int, int, int, int, text[], int[], bigint, bigint, bool,
-             text, text, bigint, bigint, bigint) as {CLAIM}"
+             text, text, bigint, bigint, bigint, bigint) as {CLAIM}"
     );
     sqlx::raw_sql(AssertSqlSafe(prepare)).execute(&mut connection).await.unwrap();
     let execute = format!(
         "explain (analyze, buffers, format json) execute claim ('w', 2000000, 200000, {search}, '{}', 100, 0, {limit}, 1,
              {share}, '{{{full}}}', '{{{}}}', {MAX_PAYLOAD}, 8388608, false, 'attempts', 'reclaims',
-             {from})",
+             {from}, null)",
         bed.incarnation().as_str(),
         if full.is_empty() { "" } else { "0" },
     );

@@ -112,6 +112,7 @@ impl World {
             Fault::LateCommit(rate, by) => hub.weather.late_commit = (rate, by),
             Fault::Abort(rate) => hub.weather.abort = rate,
             Fault::Delay(most) => hub.weather.delay = most,
+            Fault::LateCall(rate, by) => hub.weather.late_call = (rate, by),
             Fault::Stall(most) => hub.weather.stall = most,
             Fault::LockRow(event) => {
                 if hub.store.lock_outside(event) {
@@ -170,6 +171,7 @@ impl World {
             Fault::LateCommit(..) => hub.weather.late_commit = (0, 0),
             Fault::Abort(_) => hub.weather.abort = 0,
             Fault::Delay(_) => hub.weather.delay = 0,
+            Fault::LateCall(..) => hub.weather.late_call = (0, 0),
             Fault::Stall(_) => hub.weather.stall = 0,
             Fault::LockRow(event) => {
                 let (freed, next) = hub.store.unlock_outside(event);

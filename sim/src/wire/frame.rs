@@ -53,7 +53,7 @@ macro_rules! structs {
     )*};
 }
 structs! {
-    ClaimTerms { lease, grace, retry_budget, reclaim_limit, expired }
+    ClaimTerms { lease, grace, retry_budget, reclaim_limit, expired, valid_until }
     ClaimRequest { owner, terms, limit, incarnation, probation, share, shares, from, leases_from, count_pending, asleep }
     RenewRequest { owner, lease, keys, wait }
     SettleRequest { owner, entries }

@@ -80,6 +80,14 @@ async fn execute(hub: &Shared, id: u32) -> (Reply, Vec<Message>) {
     maybe_lost(hub, |hub| hub.weather.loss).await;
     let most = lock(hub).weather.delay;
     nap(hub, most).await;
+    let late = {
+        let mut hub = lock(hub);
+        let (rate, late) = hub.weather.late_call;
+        if hub.draws.rarely(rate) { late } else { 0 }
+    };
+    if late > 0 {
+        sleep(Duration::from_micros(late)).await;
+    }
     let (refused, stall) = {
         let hub = &mut *lock(hub);
         let now = hub.now();

@@ -2,17 +2,19 @@
 -- $5 the incarnation known, $6 reclaim limit, $7 retry budget, $8 limit, $9 room for events on probation, $10 share per
 -- destination, $11 and $12 destinations with leases held and their room, $13 largest payload, $14 payload in all,
 -- $15 whether to say if anything is pending, $16 and $17 errors of what it fails, $18 and $19 the due time in microseconds
--- and the id ahead of which fresh events are passed over, $20 the token below which leases are.
+-- and the id ahead of which fresh events are passed over, $20 the token below which leases are, $21 the time in
+-- microseconds after which it is too late to begin: this takes nothing then (rule P7).
 with recursive
 server as materialized (
     select
         leasehold.early_now() as early,
         (extract(epoch from pg_postmaster_start_time()) * 1000000)::bigint::text
             || '/' || substr(pg_walfile_name(pg_current_wal_lsn()), 1, 8) as incarnation,
-        leasehold.late_now() - pg_postmaster_start_time() as up
+        leasehold.late_now() - pg_postmaster_start_time() as up,
+        leasehold.early_now() <= coalesce('epoch'::timestamptz + $21 * interval '1 microsecond', 'infinity') as valid
 ),
 search as materialized (
-    select $4 and incarnation = $5 and up >= $2 * interval '1 microsecond' as expired,
+    select $4 and incarnation = $5 and up >= $2 * interval '1 microsecond' and valid as expired,
         early - $3 * interval '1 microsecond' as ran_out
     from server
 ),
@@ -58,7 +60,7 @@ probation as materialized (
                 and next_attempt_at <= leasehold.early_now()
                 and destination_key <> all (array(select key from rooms where room <= 0))
                 and destination_key <> all (array(select destination_key from filled))
-                and $9 > 0
+                and $9 > 0 and (select valid from server)
             order by next_attempt_at, id
             limit $9
         )
@@ -78,7 +80,7 @@ fresh as materialized (
         and (next_attempt_at, id) >=
             (coalesce('epoch'::timestamptz + $18 * interval '1 microsecond', '-infinity'), $19)
     order by next_attempt_at, id
-    limit $8
+    limit case when (select valid from server) then $8 else 0 end
     for no key update skip locked
 ),
 found as materialized (

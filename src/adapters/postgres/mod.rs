@@ -408,7 +408,8 @@ impl Outbox for Postgres {
             .bind(ClaimFailure::ReclaimsSpent.last_error())
             .bind(from_due)
             .bind(from_id)
-            .bind(request.leases_from.unwrap_or_default().0);
+            .bind(request.leases_from.unwrap_or_default().0)
+            .bind(request.terms.valid_until.map(|until| until.as_micros()));
         let rows = self.call(&self.claims, query).await?;
         let claimed = read_claim(&rows).map_err(|error| unreadable(&error))?;
         let ClaimReply { grants, failed, next_due_in, .. } = &claimed.reply;

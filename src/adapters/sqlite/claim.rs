@@ -178,7 +178,8 @@ pub(super) async fn claim(store: &Sqlite, request: &ClaimRequest) -> Result<Clai
     let now = write.now;
     let connection = &mut *write.transaction;
     let known = request.incarnation.as_ref().is_some_and(|known| known.as_str() == INCARNATION);
-    let search = request.terms.expired && known;
+    let valid = request.terms.valid(now);
+    let search = request.terms.expired && known && valid;
     let mut reply = ClaimReply {
         db_now: now,
         incarnation: Incarnation::new(INCARNATION),
@@ -193,7 +194,8 @@ pub(super) async fn claim(store: &Sqlite, request: &ClaimRequest) -> Result<Clai
     };
     let mut messages = Vec::new();
     let mut bytes = 0;
-    for id in pick(connection, request, now.as_micros(), search).await? {
+    let picked = if valid { pick(connection, request, now.as_micros(), search).await? } else { Vec::new() };
+    for id in picked {
         let row = sqlx::query(
             "select *, length(cast(payload as blob)) as bytes, lease_owner is not null as reclaimed
              from outbox_events where id = ?",

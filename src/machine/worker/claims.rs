@@ -11,7 +11,7 @@ use super::super::io::{
     Observation, OwnedReply, OwnedRequest, Place, StoreCall, StoreFault, Unsendable,
 };
 use super::super::row::{ClaimTerms, PROBATION_RECLAIMS};
-use super::super::time::Moment;
+use super::super::time::{DbTime, Moment};
 use super::{Cycle, Heartbeat, Held, Outcome, Phase, Worker};
 
 /// How long a worker polls eagerly after it found something: long enough that under load none ever sleeps.
@@ -98,6 +98,8 @@ struct UnderWay {
     rescans: bool,
     /// It searches for expired leases from ahead of the front of the leases.
     searches_again: bool,
+    /// It takes nothing if it begins much later than it was sent.
+    bounded: bool,
     limit: u32,
     shares: BTreeMap<DestinationKey, u32>,
 }
@@ -132,6 +134,8 @@ pub(super) struct Claims {
     owned_at: BTreeSet<Moment>,
     /// Looks that failed in a row.
     look_failures: u32,
+    /// An unknown claim may be applied at any time: it was sent when no clock of the database was known.
+    unbounded: bool,
 }
 
 impl Claims {
@@ -152,6 +156,7 @@ impl Claims {
             owned: None,
             owned_at: BTreeSet::new(),
             look_failures: 0,
+            unbounded: false,
         }
     }
 
@@ -194,6 +199,14 @@ impl Worker {
 
     fn search_due_at(&self) -> Moment {
         self.claims.search_at.max(self.claims.embargo_until)
+    }
+
+    /// **P7**: a call that was given up on may lie somewhere on its way for minutes, and what it would take then would be
+    /// found by no look. By the database's clock as far as it is known: a step within `G` voids no claim in time.
+    fn valid_until(&self) -> Option<DbTime> {
+        let timing = self.timing();
+        let valid = timing.store_timeout().saturating_add(timing.reclaim_grace());
+        if planted!(self, ClaimsValidForEver) { None } else { self.db.map(|_| self.db_now().after(valid)) }
     }
 
     pub(super) fn claim_due_at(&self) -> Option<Moment> {
@@ -266,6 +279,7 @@ impl Worker {
                 expired,
                 reclaim_limit: limits.reclaim_limit,
                 retry_budget: self.settings.retry().budget,
+                valid_until: self.valid_until(),
             },
             limit,
             incarnation: self.incarnation.clone(),
@@ -277,9 +291,10 @@ impl Worker {
             count_pending: self.settings.until_empty && from.is_none(),
             asleep: self.claims.awake_until <= self.now,
         };
+        let bounded = self.db.is_some();
         self.claims.refill = false;
         self.claims.under_way =
-            Some(UnderWay { request, sent: self.now, rescans, searches_again, limit, shares });
+            Some(UnderWay { request, sent: self.now, bounded, rescans, searches_again, limit, shares });
         self.actions.push_back(Action::Claim(request, claim));
     }
 
@@ -336,6 +351,12 @@ impl Worker {
                         .saturating_sub(timing.fence_margin());
                     let before = |tries: u32| left.saturating_sub(timeout * tries).max(timeout);
                     let mut waits = alloc::vec![Duration::ZERO, timeout, before(4), before(2), lease];
+                    // It may have begun as late as it was valid, by a clock that was set back by as much as `G`.
+                    let latest = timing.reclaim_grace() * 2 + timeout;
+                    if latest > lease {
+                        waits.push(latest);
+                    }
+                    self.claims.unbounded |= !under_way.bounded;
                     if planted!(self, LateClaimForgotten) {
                         waits.truncate(2);
                     }
@@ -519,6 +540,9 @@ impl Worker {
             Ok(reply) => {
                 self.claims.look_failures = 0;
                 self.store_answered(sent, reply.db_now);
+                if self.claims.unbounded && self.claims.owned_at.is_empty() && self.drain.is_none() {
+                    self.claims.owned_at.insert(self.now.after(self.timing().lease()));
+                }
                 for key in reply.keys {
                     if !self.leases.contains_key(&key) && !self.settles.gave_up(key) {
                         self.release_orphan(key, sent);
