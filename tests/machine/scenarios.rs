@@ -1342,21 +1342,23 @@ fn texts_for_logs_and_last_error_name_what_they_are_about() {
     assert!(ClaimFailure::ReclaimsSpent.last_error().starts_with("reclaim limit"));
 }
 
+/// Of a claim that takes whatever is due or has run out.
+const TERMS: ClaimTerms = ClaimTerms {
+    lease: SECOND,
+    grace: Duration::ZERO,
+    expired: true,
+    reclaim_limit: 0,
+    retry_budget: 0,
+    valid_until: None,
+};
+
 #[test]
 fn without_a_reclaim_limit_no_event_fails_for_running_out() {
-    let terms = ClaimTerms {
-        lease: SECOND,
-        grace: Duration::ZERO,
-        expired: true,
-        reclaim_limit: 0,
-        retry_budget: 0,
-        valid_until: None,
-    };
     let mut bed = Bed::new(settings());
     bed.add(1, "http://a");
     for reclaims in 0..200 {
         let db = bed.db();
-        let answer = bed.row_mut(1).claim(db, &WorkerId::new("dies"), &terms);
+        let answer = bed.row_mut(1).claim(db, &WorkerId::new("dies"), &TERMS);
         assert!(matches!(answer, ClaimAnswer::Granted { .. }), "{answer:?} after {reclaims}");
         assert_eq!(bed.row(1).reclaims, reclaims);
         bed.now = bed.now.after(2 * SECOND);
@@ -1365,18 +1367,10 @@ fn without_a_reclaim_limit_no_event_fails_for_running_out() {
 
 #[test]
 fn a_token_rises_whatever_the_clock_shows() {
-    let terms = ClaimTerms {
-        lease: SECOND,
-        grace: Duration::ZERO,
-        expired: true,
-        reclaim_limit: 0,
-        retry_budget: 0,
-        valid_until: None,
-    };
     let mut bed = Bed::new(settings());
     bed.add(1, "http://a");
     let (db, ahead) = (bed.db(), Token::of(bed.db().late).0 + 3_600_000);
     bed.row_mut(1).token = Token(ahead);
-    bed.row_mut(1).claim(db, &WorkerId::new("w"), &terms);
+    bed.row_mut(1).claim(db, &WorkerId::new("w"), &TERMS);
     assert_eq!(bed.row(1).token, Token(ahead + 1));
 }
