@@ -217,7 +217,7 @@ impl Bed {
         let mut reply = ClaimReply {
             db_now: db.late,
             incarnation: Incarnation::new(self.incarnation.to_string()),
-            searched_expired: claim.terms.expired,
+            searched_expired: claim.terms.expired && claim.terms.valid(db.early),
             grants: Vec::new(),
             failed: Vec::new(),
             front: None,
@@ -225,7 +225,7 @@ impl Bed {
             next_due_in: None,
             any_pending: None,
         };
-        if claim.terms.expired {
+        if reply.searched_expired {
             let leased = self.rows.values().map(|(row, _)| row).filter(|row| row.lease.is_some());
             let ahead = |token: &Token| claim.leases_from.is_none_or(|from| *token >= from);
             let first = leased.map(|row| row.token).filter(ahead).min();

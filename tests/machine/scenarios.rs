@@ -1190,6 +1190,32 @@ fn next_claim(bed: &mut Bed) -> RequestId {
 }
 
 #[test]
+fn a_claim_that_came_void_is_made_again_at_once() {
+    for searches in [false, true] {
+        let mut bed = Bed::new(settings());
+        bed.add(1, "http://a");
+        let db = bed.db();
+        bed.row_mut(1).claim(db, &WorkerId::new("dies"), &TERMS);
+        bed.run(40 * MS);
+        let awaited =
+            |action: &Action| matches!(action, Action::Claim(_, claim) if claim.terms.expired == searches);
+        loop {
+            bed.now = bed.now.max(bed.worker.next_wakeup().expect("it polls"));
+            if bed.wake().iter().any(awaited) {
+                break;
+            }
+            bed.answer_all();
+        }
+        bed.db_ahead = 60 * SECOND;
+        bed.add(2, "http://a");
+        bed.answer_all();
+        let opened: Vec<RowId> = bed.opened().iter().map(|key| key.row).collect();
+        // What fell due as the clock was set forward, and what ran out.
+        assert_eq!(opened, if searches { vec![RowId(1), RowId(2)] } else { vec![RowId(2)] });
+    }
+}
+
+#[test]
 fn what_falls_due_before_the_next_poll_is_claimed_then() {
     for (due, wait) in [(20 * MS, 20 * MS), (300 * MS, 250 * MS), (Duration::ZERO, 250 * MS)] {
         let mut bed = Bed::new(settings());

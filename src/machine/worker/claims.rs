@@ -98,8 +98,10 @@ struct UnderWay {
     rescans: bool,
     /// It searches for expired leases from ahead of the front of the leases.
     searches_again: bool,
-    /// It takes nothing if it begins much later than it was sent.
-    bounded: bool,
+    /// It takes nothing if it begins later than that.
+    valid_until: Option<DbTime>,
+    /// It searches for expired leases.
+    searches: bool,
     limit: u32,
     shares: BTreeMap<DestinationKey, u32>,
 }
@@ -206,7 +208,8 @@ impl Worker {
     fn valid_until(&self) -> Option<DbTime> {
         let timing = self.timing();
         let valid = timing.store_timeout().saturating_add(timing.reclaim_grace());
-        if planted!(self, ClaimsValidForEver) { None } else { self.db.map(|_| self.db_now().after(valid)) }
+        let valid = if planted!(self, ClaimsValidForEver) { valid * 1_000 } else { valid };
+        self.db.map(|_| self.db_now().after(valid))
     }
 
     pub(super) fn claim_due_at(&self) -> Option<Moment> {
@@ -271,6 +274,7 @@ impl Worker {
         let leases_from =
             if planted!(self, LeasesFrontKept) { self.claims.leases.place } else { leases_from };
         let request = self.next_request();
+        let valid_until = self.valid_until();
         let claim = ClaimRequest {
             owner: self.id.clone(),
             terms: ClaimTerms {
@@ -279,7 +283,7 @@ impl Worker {
                 expired,
                 reclaim_limit: limits.reclaim_limit,
                 retry_budget: self.settings.retry().budget,
-                valid_until: self.valid_until(),
+                valid_until,
             },
             limit,
             incarnation: self.incarnation.clone(),
@@ -291,10 +295,17 @@ impl Worker {
             count_pending: self.settings.until_empty && from.is_none(),
             asleep: self.claims.awake_until <= self.now,
         };
-        let bounded = self.db.is_some();
         self.claims.refill = false;
-        self.claims.under_way =
-            Some(UnderWay { request, sent: self.now, bounded, rescans, searches_again, limit, shares });
+        self.claims.under_way = Some(UnderWay {
+            request,
+            sent: self.now,
+            valid_until,
+            searches: expired,
+            rescans,
+            searches_again,
+            limit,
+            shares,
+        });
         self.actions.push_back(Action::Claim(request, claim));
     }
 
@@ -356,7 +367,7 @@ impl Worker {
                     if latest > lease {
                         waits.push(latest);
                     }
-                    self.claims.unbounded |= !under_way.bounded;
+                    self.claims.unbounded |= under_way.valid_until.is_none();
                     if planted!(self, LateClaimForgotten) {
                         waits.truncate(2);
                     }
@@ -397,6 +408,13 @@ impl Worker {
             && (found > 0 || !due.is_zero())
         {
             self.claims.at = self.claims.at.min(self.now.after(due));
+        }
+        if under_way.valid_until.is_some_and(|until| until < reply.db_now) {
+            // The database's clock was set forward by more than `G`: it was void, and now the clock is known.
+            self.claims.at = self.now;
+            if under_way.searches {
+                self.claims.search_at = self.now;
+            }
         }
         for &(row, why) in &reply.failed {
             self.observe(Observation::FailedByClaim { row, why });
