@@ -99,12 +99,13 @@ impl World<'_> {
         }
         let Some(mut statement) = self.statements[id as usize].take() else { return };
         let ready = self.store.begin_work(id, &mut statement, self.now);
+        let commits = statement.commits();
         self.statements[id as usize] = Some(statement);
         if ready {
             let (least, most) = self.schedule.pace.commit;
             let mut delay = self.pace.within(least, most);
             let (rate, late) = self.weather.late_commit;
-            if self.chance.rarely(rate) {
+            if commits && self.chance.rarely(rate) {
                 delay += late;
             }
             self.after(delay, Happening::Commit(id));

@@ -14,21 +14,21 @@ pub fn profile_of(seed: u64) -> Profile {
     const MIX: [Profile; 20] = [
         P::Storm,
         P::Edge,
-        P::Swarm,
-        P::Deploy,
-        P::Failover,
         P::Storm,
         P::Swarm,
+        P::Edge,
+        P::Aimed,
+        P::Storm,
         P::Poison,
         P::Edge,
-        P::OneFault,
+        P::Aimed,
         P::Swarm,
         P::Clock,
-        P::Storm,
+        P::Deploy,
         P::SlowEndpoints,
         P::Liveness,
-        P::Swarm,
-        P::Edge,
+        P::Aimed,
+        P::Failover,
         P::OneFault,
         P::Swarm,
         P::Calm,
@@ -122,7 +122,11 @@ pub fn generate(seed: u64, profile: Profile) -> Schedule {
     let mut schedule =
         Schedule { seed, profile, settings, slots, destinations, events, pace, faults: Vec::new(), heal_at };
     let mut faults = Vec::new();
-    add_faults(&schedule, &mut Rng::new(seed, "faults"), &mut faults);
+    if profile == Profile::Aimed {
+        aim(&mut schedule, &mut Rng::new(seed, "faults"), &mut faults);
+    } else {
+        add_faults(&mut schedule, &mut Rng::new(seed, "faults"), &mut faults);
+    }
     call_late(&mut Rng::new(seed, "hung calls"), timeout, lease, &mut faults);
     faults.sort_by_key(|timed| timed.at);
     schedule.faults = faults;
@@ -134,7 +138,7 @@ fn make_settings(rng: &mut Rng, profile: Profile, events: u32) -> Settings {
     let (mut heartbeat, mut timeout, mut margin, mut grace) =
         (lease / 3, (lease / 6).min(5 * S), lease / 10, lease / 10);
     let edge = profile == Profile::Edge;
-    if edge || rng.percent(30) {
+    if edge || rng.percent(if profile == Profile::Aimed { 90 } else { 30 }) {
         let tiny = if edge && rng.percent(10) { MS } else { lease / 60 };
         timeout = rng.spread(tiny, (lease / 4).min(5 * S));
         margin = rng.spread(tiny, lease / 5);
@@ -312,7 +316,7 @@ fn make_pace(rng: &mut Rng, profile: Profile, lease: u64, timeout: u64) -> Pace 
     }
 }
 
-fn add_faults(schedule: &Schedule, rng: &mut Rng, faults: &mut Vec<Timed>) {
+fn add_faults(schedule: &mut Schedule, rng: &mut Rng, faults: &mut Vec<Timed>) {
     use Class as C;
     let several = |rng: &mut Rng, faults: &mut Vec<Timed>, classes: &[Class], most: u64| {
         for class in classes {
@@ -322,7 +326,7 @@ fn add_faults(schedule: &Schedule, rng: &mut Rng, faults: &mut Vec<Timed>) {
         }
     };
     match schedule.profile {
-        Profile::Calm | Profile::Poison => {}
+        Profile::Calm | Profile::Poison | Profile::Aimed => {}
         Profile::OneFault => {
             let class = *rng.pick(&CLASSES);
             add(class, schedule, rng, faults);
@@ -409,26 +413,100 @@ fn add_faults(schedule: &Schedule, rng: &mut Rng, faults: &mut Vec<Timed>) {
     }
 }
 
+/// One pattern of faults, and nothing beside it that would excuse what comes of it.
+fn aim(schedule: &mut Schedule, rng: &mut Rng, faults: &mut Vec<Timed>) {
+    let patterns = [late_claims, late_locks, late_calls, short_locks, steps_ahead, slow_scans];
+    rng.pick(&patterns)(schedule, rng, faults);
+}
+
 /// The claims that would find an event commit later than the first looks for what they left, and while that is still
 /// to come others may. What else is called is answered in time: two in a row that are not excuse everything.
-fn late_claims(schedule: &Schedule, rng: &mut Rng, faults: &mut Vec<Timed>) {
+fn late_claims(schedule: &mut Schedule, rng: &mut Rng, faults: &mut Vec<Timed>) {
     let settings = &schedule.settings[0];
-    let (timeout, lease, lasts) = (settings.store_timeout, settings.lease, settings.poll_interval);
-    let by = rng.spread(2 * timeout, lease.max(4 * timeout));
-    let at = rng.pick(&schedule.events).at;
-    faults.push(Timed { at, lasts, fault: Fault::LateCommit(65_536, by) });
-    if rng.percent(60) {
-        let at = at + lasts + rng.within(by / 2, by);
+    let (timeout, lease) = (settings.store_timeout, settings.lease);
+    let lasts = rng.within(settings.poll_interval / 4, settings.poll_interval).min(timeout);
+    for _ in 0..rng.within(1, 4) {
+        let by = rng.spread(2 * timeout, lease.max(4 * timeout));
+        let at = rng.pick(&schedule.events).at;
         faults.push(Timed { at, lasts, fault: Fault::LateCommit(65_536, by) });
+        if rng.percent(60) {
+            let at = at + lasts + rng.within(by / 2, by);
+            faults.push(Timed { at, lasts, fault: Fault::LateCommit(65_536, by) });
+        }
     }
 }
 
 /// Events are locked as they come, until they are long due: claims that come by meanwhile must come back for them.
-fn late_locks(schedule: &Schedule, rng: &mut Rng, faults: &mut Vec<Timed>) {
+fn late_locks(schedule: &mut Schedule, rng: &mut Rng, faults: &mut Vec<Timed>) {
     for _ in 0..rng.within(1, 4) {
         let event = rng.below(schedule.events.len() as u64) as u32;
         let at = schedule.events[event as usize].at;
         faults.push(Timed { at, lasts: rng.within(S, 4 * S), fault: Fault::LockRow(event) });
+    }
+}
+
+/// A claim lies somewhere for longer than anybody looks for it, and arrives as an event falls due.
+fn late_calls(schedule: &mut Schedule, rng: &mut Rng, faults: &mut Vec<Timed>) {
+    let settings = &schedule.settings[0];
+    let Settings { store_timeout: timeout, lease, poll_interval, .. } = *settings;
+    let lasts = poll_interval.min(timeout);
+    for _ in 0..rng.within(2, 8) {
+        let event = rng.pick(&schedule.events);
+        let by = rng.within(lease + 4 * timeout, 3 * lease);
+        let at = (event.at + event.delay + rng.below(poll_interval)).saturating_sub(by + lasts);
+        faults.push(Timed { at, lasts, fault: Fault::LateCall(65_536, by) });
+    }
+}
+
+/// Rows are locked for less than `R` while requests for them are open, so that renewals pass over them.
+fn short_locks(schedule: &mut Schedule, rng: &mut Rng, faults: &mut Vec<Timed>) {
+    linger(schedule);
+    let Settings { store_timeout: timeout, lease, .. } = schedule.settings[0];
+    for _ in 0..rng.within(2, 10) {
+        let event = rng.below(schedule.events.len() as u64) as u32;
+        let at = schedule.events[event as usize].at + rng.below(lease);
+        let lasts = rng.within(timeout / 2, timeout);
+        faults.push(Timed { at, lasts, fault: Fault::LockRow(event) });
+    }
+}
+
+/// The database's clock is set forward beyond `G` while requests are open, mostly those of a worker that is alone.
+fn steps_ahead(schedule: &mut Schedule, rng: &mut Rng, faults: &mut Vec<Timed>) {
+    linger(schedule);
+    schedule.slots.truncate(if rng.percent(70) { 1 } else { 2 });
+    let Settings { reclaim_grace: grace, lease, .. } = schedule.settings[0];
+    for _ in 0..rng.within(2, 8) {
+        let at = rng.pick(&schedule.events).at + rng.below(lease);
+        let fault = Fault::DbStep((grace + rng.within(lease * 3 / 4, 2 * lease)) as i64);
+        faults.push(Timed { at, lasts: 1, fault });
+    }
+}
+
+/// A store is slow for a while, and then commits what fell due long ago.
+fn slow_scans(schedule: &mut Schedule, rng: &mut Rng, faults: &mut Vec<Timed>) {
+    let timeout = schedule.settings[0].store_timeout;
+    let most = rng.within(timeout / 4, timeout * 3 / 4);
+    let lasts = (rng.within(10, 30) * timeout).max(3 * S);
+    let at = rng.within(S, schedule.heal_at / 2);
+    let fault = if rng.percent(50) { Fault::Stall(most) } else { Fault::Delay(most) };
+    faults.push(Timed { at, lasts, fault });
+    for event in schedule.events.iter_mut().filter(|event| event.at > at) {
+        if rng.percent(50) {
+            event.at = at + lasts + rng.below(10 * timeout);
+            event.late = if rng.percent(50) { rng.within(S, 8 * S) } else { rng.within(65 * S, 200 * S) };
+        }
+    }
+    schedule.events.sort_by_key(|event| event.at);
+}
+
+/// Requests last as long as they can.
+fn linger(schedule: &mut Schedule) {
+    for settings in &mut schedule.settings {
+        settings.request_timeout = 3 * settings.lease;
+    }
+    let lease = schedule.settings[0].lease;
+    for destination in &mut schedule.destinations {
+        destination.manners.push((20, Manner::Ok(lease, 3 * lease)));
     }
 }
 

@@ -37,11 +37,13 @@ pub enum Profile {
     Poison,
     /// Settings at the edge of what is allowed, and a store that is as slow as they allow.
     Edge,
+    /// One pattern of faults that is aimed at one rule.
+    Aimed,
 }
 
 impl Profile {
     /// All of them.
-    pub const ALL: [Self; 11] = [
+    pub const ALL: [Self; 12] = [
         Self::Calm,
         Self::OneFault,
         Self::Swarm,
@@ -53,6 +55,7 @@ impl Profile {
         Self::Liveness,
         Self::Poison,
         Self::Edge,
+        Self::Aimed,
     ];
 
     /// Its name.
@@ -69,6 +72,7 @@ impl Profile {
             Self::Liveness => "liveness",
             Self::Poison => "poison",
             Self::Edge => "edge",
+            Self::Aimed => "aimed",
         }
     }
 }

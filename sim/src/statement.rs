@@ -71,6 +71,11 @@ pub(crate) struct Statement {
 }
 
 impl Statement {
+    /// A look has nothing to commit.
+    pub(crate) fn commits(&self) -> bool {
+        !matches!(self.ask, Ask::Owned(_))
+    }
+
     /// A statement that has not begun.
     pub(crate) fn new(call: u32, worker: u32, ask: Ask) -> Self {
         Self {

@@ -96,7 +96,8 @@ impl Store {
     /// A producer's commit.
     pub(crate) fn insert(&mut self, now: u64, plan: &EventPlan) -> i64 {
         let began = now.saturating_sub(plan.late);
-        let due = self.db(began).after(Duration::from_micros(plan.delay));
+        let before_all = Duration::from_micros(plan.late - (now - began));
+        let due = self.db(began).before(before_all).after(Duration::from_micros(plan.delay));
         let row = self.rows.len() as u32;
         self.rows.push(Row { attempts: plan.attempts, ..Row::new(plan.max_attempts, due) });
         let EventPlan { destination, cursed, .. } = *plan;

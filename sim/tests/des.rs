@@ -119,14 +119,9 @@ fn every_planted_bug_is_found_by_its_invariant() {
     let unfound: Vec<_> = firsts.iter().filter(|(first, _)| first.is_none()).map(|(_, name)| name).collect();
     assert!(unfound.is_empty(), "not found: {unfound:?}");
     let at = |part: usize| firsts[firsts.len() * part / 100].0;
-    println!(
-        "median {:?}, 85 of 100 {:?}, nine of ten {:?}, worst {:?}",
-        at(50),
-        at(85),
-        at(90),
-        firsts.last()
-    );
-    assert!(at(85) <= Some(200), "85 of 100 are found within {:?} seeds", at(85));
+    println!("median {:?}, nine of ten {:?}, worst {:?}", at(50), at(90), firsts.last());
+    assert!(at(50) <= Some(10), "half are found within {:?} seeds", at(50));
+    assert!(at(90) <= Some(200), "nine of ten are found within {:?} seeds", at(90));
 }
 
 #[test]

@@ -19,15 +19,15 @@ pub(crate) struct Taker {
 impl Oracle {
     /// What excuses a lease's holder for losing it now.
     ///
-    /// A stop, a missed call or a clock's error before the last renewal that was applied has done no harm: only the
-    /// time since then counts. That is stricter than "since its claim".
+    /// A stop, a missed call or a clock's error before the last renewal that was applied took its lock has done no harm:
+    /// only the time since then counts, however late it commits. That is stricter than "since its claim".
     pub(crate) fn excuses(&self, lease: &Lease, taker: Option<Taker>) -> Excuses {
         let holder = &self.workers[lease.worker as usize];
         let terms = self.terms_of(lease.worker);
         let (reach, margin) = (terms.lease + terms.reclaim_grace, terms.fence_margin);
         let Taker { grace, began } = taker.unwrap_or(Taker { grace: terms.reclaim_grace, began: self.now });
         let since =
-            lease.applied_at.max(self.now.saturating_sub(reach + terms.heartbeat + 2 * terms.store_timeout));
+            lease.granted_at.max(self.now.saturating_sub(reach + terms.heartbeat + 2 * terms.store_timeout));
         let calls_since = since.saturating_sub(terms.store_timeout);
         let mut excuses = Excuses::default();
         excuses.add(Excuse::Crashed, matches!(holder.down, Some(Down::Crash | Down::Poison(_))));

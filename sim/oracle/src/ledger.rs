@@ -17,8 +17,7 @@ pub(crate) struct Lease {
     pub(crate) worker: u32,
     pub(crate) token: i64,
     pub(crate) claimed_at: Micros,
-    /// When the claim's or last renewal's commit came, and when it had read the clock.
-    pub(crate) applied_at: Micros,
+    /// When the claim or the last renewal that was applied had its lock, and read the clock.
     pub(crate) granted_at: Micros,
     pub(crate) renewals: u32,
     /// The holder's clock when it sent the last confirmed claim or renewal.

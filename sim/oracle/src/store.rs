@@ -239,7 +239,6 @@ impl Oracle {
             worker,
             token,
             claimed_at: self.now,
-            applied_at: self.now,
             granted_at: locked,
             renewals: 0,
             confirmed,
@@ -410,7 +409,7 @@ impl Oracle {
         );
         let lease = book.lease;
         self.events[event as usize].until = until;
-        (self.leases[lease as usize].applied_at, self.leases[lease as usize].granted_at) = (self.now, locked);
+        self.leases[lease as usize].granted_at = locked;
         self.leases[lease as usize].renewals += 1;
         self.note_lock(event, locked);
         self.link(call, lease);

@@ -109,7 +109,8 @@ async fn execute(hub: &Shared, id: u32) -> (Reply, Vec<Message>) {
         let mut hub = lock(hub);
         let ((least, most), (rate, late)) = (hub.schedule.pace.commit, hub.weather.late_commit);
         let delay = hub.draws.within(least, most);
-        if hub.draws.rarely(rate) { delay + late } else { delay }
+        let commits = hub.statements.get(&id).is_some_and(Statement::commits);
+        if commits && hub.draws.rarely(rate) { delay + late } else { delay }
     };
     sleep(Duration::from_micros(delay)).await;
     let reply = lock(hub).commit(id);
