@@ -1,0 +1,176 @@
+//! When to claim, and how much (P1, P13).
+
+use super::*;
+
+#[test]
+fn a_destination_gets_no_more_than_its_share() {
+    let mut bed = Bed::new(settings());
+    for id in 1..=20 {
+        bed.add(id, "http://slow");
+    }
+    bed.add(21, "http://quick");
+    bed.run(SECOND);
+    let held =
+        bed.rows.values().filter(|(row, to)| row.lease.is_some() && to.as_str() == "http://slow").count();
+    assert_eq!(held, 4, "the cap and one refill");
+    assert!(bed.opened().iter().any(|key| key.row.0 == 21), "the other destination is not kept waiting");
+}
+
+#[test]
+fn a_refill_does_not_wait_for_the_next_poll() {
+    let mut bed = Bed::new(settings());
+    for id in 1..=20 {
+        bed.add(id, "http://a");
+    }
+    bed.run(MS);
+    let start = bed.now;
+    for _ in 0..20 {
+        let key = bed.opened()[0];
+        bed.respond(key, 200);
+        bed.answer_all();
+    }
+    assert_eq!(bed.now, start);
+    assert!((1..=20).all(|id| bed.row(id).status == Status::Delivered));
+}
+
+#[test]
+fn a_claim_that_shares_limited_makes_the_next_one_read_less_until_more_is_found() {
+    let limits = Limits { claim_batch: 500, max_leased: 1_000, ..limits() };
+    let settings = WorkerSettings::parse(timing(30 * SECOND), limits, retry(), 7).expect("sound settings");
+    let mut bed = Bed::new(settings);
+    for id in 1..=1_000 {
+        bed.add(id, "http://full");
+    }
+    let read = |claims: Vec<(Duration, ClaimRequest)>| -> Vec<u32> {
+        let fresh = claims.into_iter().filter(|(_, claim)| !claim.terms.expired);
+        fresh.map(|(_, claim)| claim.limit).collect()
+    };
+    let claims = read(claims_within(&mut bed, 100 * MS));
+    assert_eq!(claims[0], 500, "as much as there is room for");
+    assert!(claims.len() > 50 && claims[1..].iter().all(|limit| *limit == 32), "{claims:?}");
+    // 400 destinations have something as well: at first 32 of them are found, then all.
+    for id in 1_001..=1_400 {
+        bed.add(id, &format!("http://{id}"));
+    }
+    let claims = read(claims_within(&mut bed, 5 * MS));
+    assert_eq!(claims[..2], [32, 500], "{claims:?}");
+    assert_eq!(bed.worker.leased(), 404);
+}
+
+#[test]
+fn a_worker_polls_eagerly_for_a_second_and_then_says_that_it_sleeps() {
+    let (mut bed, key) = one_open();
+    bed.respond(key, 204);
+    bed.answer_all();
+    let claims = claims_within(&mut bed, 3 * SECOND);
+    let (awake, asleep): (Vec<_>, Vec<_>) = claims.iter().partition(|(_, claim)| !claim.asleep);
+    assert!(awake.len() > 900, "{} polls", awake.len());
+    assert!(awake.iter().all(|(at, _)| *at < SECOND));
+    assert!(asleep.first().is_some_and(|(at, _)| *at < SECOND + 2 * MS), "it looks once more as it says so");
+    assert!((8..=9).contains(&asleep.len()), "then every poll interval: {asleep:?}");
+    // An event ends the sleep.
+    bed.add(2, "http://a");
+    bed.give(Input::Hint);
+    bed.answer_all();
+    let next = claims_within(&mut bed, SECOND / 10);
+    assert!(next.len() > 50 && next.iter().all(|(_, claim)| !claim.asleep), "{next:?}");
+}
+
+#[test]
+fn max_leased_is_never_exceeded() {
+    let mut bed = Bed::new(settings());
+    for id in 1..=50 {
+        bed.add(id, &format!("http://{id}"));
+    }
+    bed.run(SECOND);
+    assert_eq!(bed.worker.leased(), 8);
+    assert_eq!(bed.opened().len(), 4);
+}
+
+#[test]
+fn a_refill_is_asked_for_when_no_more_than_the_cap_is_held() {
+    let mut bed = Bed::new(settings());
+    for id in 1..=20 {
+        bed.add(id, "http://a");
+    }
+    bed.wake();
+    bed.answer_all();
+    assert_eq!(bed.worker.leased(), 4, "twice the cap");
+    bed.respond(bed.opened()[0], 200);
+    bed.answer_all();
+    assert_eq!(bed.worker.leased(), 3);
+    bed.respond(bed.opened()[0], 200);
+    bed.answer_all();
+    assert_eq!(bed.worker.leased(), 4);
+}
+
+#[test]
+fn a_share_that_limits_a_claim_whose_reply_finds_room_again_is_refilled_at_once() {
+    let mut bed = Bed::new(settings());
+    for id in 1..=3 {
+        bed.add(id, "http://a");
+    }
+    bed.wake();
+    bed.answer_all();
+    let keys = bed.opened();
+    for id in 4..=20 {
+        bed.add(id, "http://a");
+    }
+    // A claim that may take one is under way while two events end: the cap is held when it is answered.
+    bed.now = bed.now.max(bed.worker.next_wakeup().expect("it polls"));
+    bed.wake();
+    let claim = bed.pending.remove(0);
+    assert!(matches!(&claim, Action::Claim(_, claim) if claim.shares[0].1 == 1), "{claim:?}");
+    for key in keys {
+        bed.respond(key, 200);
+        bed.answer_all();
+    }
+    assert_eq!(bed.worker.leased(), 1);
+    bed.answer(claim);
+    bed.answer_all();
+    assert_eq!(bed.worker.leased(), 4);
+}
+
+#[test]
+fn with_nothing_left_to_start_a_backlog_is_claimed_whatever_room_there_is() {
+    let limits = Limits { max_in_flight: 6, max_leased: 9, claim_batch: 8, ..limits() };
+    let settings = WorkerSettings::parse(timing(30 * SECOND), limits, retry(), 7).expect("sound settings");
+    let mut bed = Bed::new(settings);
+    for id in 1..=30 {
+        bed.add(id, &format!("http://{id}"));
+    }
+    bed.wake();
+    bed.answer_all();
+    assert_eq!((bed.worker.leased(), bed.opened().len()), (9, 6), "room for none");
+    let mut leased = Vec::new();
+    for _ in 0..3 {
+        bed.respond(bed.opened()[0], 200);
+        bed.answer_all();
+        leased.push(bed.worker.leased());
+    }
+    assert_eq!(leased, [8, 7, 8], "room for two is no half of a batch, until nothing is queued");
+}
+
+#[test]
+fn what_falls_due_before_the_next_poll_is_claimed_then() {
+    for (due, wait) in [(20 * MS, 20 * MS), (300 * MS, 250 * MS), (Duration::ZERO, 250 * MS)] {
+        let mut bed = Bed::new(settings());
+        bed.run(3_100 * MS);
+        let request = next_claim(&mut bed);
+        let reply = ClaimReply {
+            db_now: bed.db().late,
+            incarnation: Incarnation::new("1"),
+            searched_expired: false,
+            grants: Vec::new(),
+            failed: Vec::new(),
+            front: None,
+            leases_front: None,
+            next_due_in: Some(due),
+            any_pending: None,
+        };
+        let start = bed.now;
+        bed.give(Input::Claimed { request, reply: Ok(reply) });
+        next_claim(&mut bed);
+        assert_eq!(bed.now.since(start), wait, "due in {due:?}");
+    }
+}

@@ -1,0 +1,264 @@
+//! Heartbeats (P5).
+
+use super::*;
+
+#[test]
+fn a_request_far_longer_than_the_lease_keeps_its_lease() {
+    let (mut bed, key) = one_open();
+    bed.run(600 * SECOND);
+    assert_eq!(bed.opened(), [key], "still the same request");
+    let until = bed.row(1).lease.as_ref().expect("still leased").until;
+    assert!(until > bed.db().early, "and live");
+    assert!(!bed.seen.iter().any(|seen| matches!(seen, Observation::Fenced { .. })));
+}
+
+#[test]
+fn events_waiting_in_the_queue_are_renewed_too() {
+    let mut bed = Bed::new(settings());
+    for id in 1..=4 {
+        bed.add(id, "http://a");
+    }
+    bed.run(300 * SECOND);
+    assert_eq!(bed.opened().len(), 2, "the destination's cap");
+    for id in 1..=4 {
+        assert!(bed.row(id).lease.as_ref().is_some_and(|lease| lease.until > bed.db().early), "event {id}");
+    }
+}
+
+#[test]
+fn a_fast_delivery_costs_no_heartbeat() {
+    let (mut bed, key) = one_open();
+    bed.pass(4 * SECOND);
+    assert!(!bed.pending.iter().any(|action| matches!(action, Action::Renew(..))));
+    bed.respond(key, 200);
+}
+
+#[test]
+fn a_refused_renewal_aborts_at_once() {
+    let (mut bed, key) = one_open();
+    bed.row_mut(1).token.0 += 1;
+    bed.run(8 * SECOND);
+    assert!(bed.seen.contains(&Observation::HeartbeatEnded { key, why: HeartbeatEnd::Lost }));
+    assert!(bed.worker.open() == 1, "until its socket is closed");
+    bed.confirm_abort(key);
+    assert_eq!(bed.worker.leased(), 0);
+}
+
+#[test]
+fn a_row_locked_twice_is_renewed_alone_and_holds_up_nobody() {
+    let mut bed = Bed::new(settings());
+    bed.add(1, "http://a");
+    bed.add(2, "http://b");
+    bed.run(MS);
+    let mut alone = None;
+    for _ in 0..2_000 {
+        let Some(at) = bed.worker.next_wakeup() else { break };
+        bed.now = bed.now.max(at);
+        bed.wake();
+        while let Some(action) = (!bed.pending.is_empty()).then(|| bed.pending.remove(0)) {
+            if matches!(&action, Action::Renew(_, renew) if renew.wait) {
+                alone.get_or_insert(action);
+                continue;
+            }
+            let mut reply = bed.apply(action);
+            if let Input::Renewed { reply: Ok(reply), .. } = &mut reply {
+                for (key, answer) in &mut reply.answers {
+                    if key.row.0 == 1 {
+                        *answer = Answer::Skipped;
+                    }
+                }
+            }
+            bed.give(reply);
+        }
+        if alone.is_some() {
+            break;
+        }
+    }
+    let alone = alone.expect("a waiting renewal of its own");
+    assert!(matches!(&alone, Action::Renew(_, renew) if renew.keys.len() == 1 && renew.keys[0].row.0 == 1));
+    bed.answer(alone);
+    bed.run(60 * SECOND);
+    assert_eq!(bed.opened().len(), 2, "both are still held");
+}
+
+/// Two events open and one queued at one destination, and no renewal answered for a while.
+fn unrenewed_for(duration: Duration) -> (Bed, LeaseKey) {
+    let mut bed = Bed::new(settings());
+    for id in 1..=3 {
+        bed.add(id, "http://a");
+    }
+    bed.run(MS);
+    bed.pass(duration);
+    let key = bed.opened()[0];
+    (bed, key)
+}
+
+fn starts(actions: &[Action]) -> usize {
+    actions.iter().filter(|action| matches!(action, Action::Claim(..) | Action::Send { .. })).count()
+}
+
+#[test]
+fn nothing_starts_while_a_renewal_is_overdue() {
+    let (mut bed, key) = unrenewed_for(14_900 * MS);
+    assert_eq!(starts(&bed.respond(key, 200)), 1, "H + R have not passed yet");
+    let (mut bed, key) = unrenewed_for(15_100 * MS);
+    assert_eq!(starts(&bed.respond(key, 200)), 0);
+    bed.answer_all();
+    assert_eq!(bed.opened().len(), 2, "the queued event starts once renewals are answered");
+}
+
+#[test]
+fn a_renewed_deadline_counts_from_the_renewals_send() {
+    let (mut bed, key) = one_open();
+    bed.pass(8 * SECOND);
+    let at = bed
+        .pending
+        .iter()
+        .position(|action| matches!(action, Action::Renew(..)))
+        .expect("it fell due at 7.5 s");
+    let renew = bed.pending.remove(at);
+    bed.now = bed.now.after(4 * SECOND);
+    bed.answer(renew);
+    bed.pending.clear();
+    // Sent 7.5 s after the claim: fenced 27 s later, not 27 s after the reply.
+    bed.pass(22_400 * MS);
+    assert!(!bed.seen.iter().any(|seen| matches!(seen, Observation::Fenced { .. })));
+    bed.pass(200 * MS);
+    assert!(bed.seen.contains(&Observation::Fenced { key, open: true }));
+}
+
+#[test]
+fn a_hundred_thousand_leases_are_renewed_in_full_statements_without_a_late_one() {
+    let limits = Limits {
+        max_in_flight: 100_000,
+        max_in_flight_per_destination: 100_000,
+        max_leased: 100_000,
+        claim_batch: 10_000,
+        ..limits()
+    };
+    let settings = leasehold::machine::WorkerSettings::parse(timing(30 * SECOND), limits, retry(), 0);
+    let mut bed = Bed::new(settings.expect("sound settings"));
+    for id in 1..=100_000 {
+        bed.add(id, "http://a");
+    }
+    // Only the outermost checks: a whole-state scan each input would take for ever.
+    let mut statements = 0;
+    let mut give = |bed: &mut Bed, input: Input| {
+        bed.worker.handle(bed.now, input);
+        while let Some(action) = bed.worker.poll_action() {
+            match action {
+                Action::Renew(_, ref renew) => {
+                    statements += 1;
+                    assert!(renew.keys.len() <= 1_000);
+                    bed.pending.push(action);
+                }
+                Action::Claim(..) => bed.pending.push(action),
+                _ => {}
+            }
+        }
+        while let Some(seen) = bed.worker.poll_observation() {
+            assert!(!matches!(seen, Observation::Fenced { .. }), "{seen:?}");
+        }
+    };
+    give(&mut bed, Input::Wake);
+    let end = bed.now.after(40 * SECOND);
+    while bed.now < end {
+        if let Some(action) = bed.pending.pop() {
+            bed.now = bed.now.after(20 * MS);
+            let reply = bed.apply(action);
+            give(&mut bed, reply);
+        } else {
+            bed.now = bed.worker.next_wakeup().expect("leases are held").max(bed.now);
+            give(&mut bed, Input::Wake);
+        }
+    }
+    bed.worker.assert_invariants();
+    assert!(statements >= 300, "four rounds of a hundred statements, less the first: {statements}");
+    let least = bed.rows.values().filter_map(|(row, _)| row.lease.as_ref()).map(|lease| lease.until).min();
+    assert!(
+        least.is_some_and(|until| until.since(bed.db().late) > 15 * SECOND),
+        "no lease came close to its end"
+    );
+}
+
+#[test]
+fn more_than_a_statement_of_ripe_leases_is_renewed_in_one_go() {
+    let limits =
+        Limits { max_leased: 2_000, claim_batch: 2_000, max_in_flight_per_destination: 1_000, ..limits() };
+    let settings = WorkerSettings::parse(timing(30 * SECOND), limits, retry(), 7).expect("sound settings");
+    let mut bed = Bed::new(settings);
+    for id in 1..=1_000 {
+        bed.add(id, "http://a");
+    }
+    bed.run(SECOND);
+    // Confirmed later: more than half of H old when the run begins, but not three quarters.
+    for id in 1_001..=1_200 {
+        bed.add(id, "http://a");
+    }
+    let (start, mut renewals) = (bed.now, Vec::new());
+    while bed.now.since(start) < 8 * SECOND {
+        bed.now = bed.now.max(bed.worker.next_wakeup().expect("it polls"));
+        bed.wake();
+        while !bed.pending.is_empty() {
+            let action = bed.pending.remove(0);
+            if let Action::Renew(_, renew) = &action {
+                renewals.push((bed.now.since(start).as_millis(), renew.keys.len()));
+            }
+            bed.answer(action);
+        }
+    }
+    let [(first, 1_000), (second, 200)] = renewals[..] else { panic!("{renewals:?}") };
+    assert_eq!(first, second);
+}
+
+#[test]
+fn a_renewal_alone_that_fails_is_repeated_ever_later() {
+    let (mut bed, key) = one_open();
+    let mut waits = Vec::new();
+    let mut failed_at = None;
+    while waits.len() < 3 {
+        assert!(bed.row(1).lease.as_ref().is_some_and(|lease| lease.until > bed.db().early), "{waits:?}");
+        bed.now = bed.now.max(bed.worker.next_wakeup().expect("it polls"));
+        bed.wake();
+        while !bed.pending.is_empty() {
+            let action = bed.pending.remove(0);
+            match &action {
+                Action::Renew(request, renew) if renew.wait => {
+                    assert_eq!(renew.keys, [key]);
+                    waits.extend(failed_at.map(|at| bed.now.since(at).as_millis()));
+                    failed_at = Some(bed.now);
+                    let reply = Err(StoreFault::NotApplied { error: String::new() });
+                    bed.give(Input::Renewed { request: *request, reply });
+                }
+                Action::Renew(request, _) => {
+                    let reply = RenewReply { db_now: bed.db().late, answers: vec![(key, Answer::Skipped)] };
+                    bed.give(Input::Renewed { request: *request, reply: Ok(reply) });
+                }
+                _ => drop(bed.answer(action)),
+            }
+        }
+    }
+    assert_eq!(waits, [20, 40, 80]);
+}
+
+#[test]
+fn a_waiting_renewal_whose_row_is_locked_again_is_repeated() {
+    let (mut bed, key) = one_open();
+    let mut alone = 0;
+    let start = bed.now;
+    while alone < 3 {
+        assert!(bed.now.since(start) < 20 * SECOND);
+        bed.now = bed.now.max(bed.worker.next_wakeup().expect("it polls"));
+        bed.wake();
+        while !bed.pending.is_empty() {
+            let action = bed.pending.remove(0);
+            if let Action::Renew(request, renew) = &action {
+                alone += u32::from(renew.wait);
+                let reply = RenewReply { db_now: bed.db().late, answers: vec![(key, Answer::Skipped)] };
+                bed.give(Input::Renewed { request: *request, reply: Ok(reply) });
+            } else {
+                bed.answer(action);
+            }
+        }
+    }
+}

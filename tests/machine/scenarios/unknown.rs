@@ -1,0 +1,132 @@
+//! Claims without an answer (P7).
+
+use super::*;
+
+#[test]
+fn an_unknown_claim_leaves_no_orphans() {
+    let mut bed = Bed::new(settings());
+    bed.add(1, "http://a");
+    bed.wake();
+    let claim = bed.pending.remove(0);
+    let request = Bed::request_of(&claim);
+    bed.apply(claim);
+    bed.give(Input::Claimed { request, reply: Err(unknown()) });
+    assert!(bed.row(1).lease.is_some(), "the claim was applied");
+    bed.run(MS);
+    assert!(bed.seen.iter().any(|seen| matches!(seen, Observation::OrphanReleased { .. })));
+    assert!(bed.row(1).lease.is_none());
+    assert_eq!(bed.row(1).attempts, 0);
+}
+
+#[test]
+fn a_claim_that_commits_late_is_released_as_well() {
+    let mut bed = Bed::new(settings());
+    bed.add(1, "http://a");
+    bed.wake();
+    let claim = bed.pending.remove(0);
+    let request = Bed::request_of(&claim);
+    bed.give(Input::Claimed { request, reply: Err(unknown()) });
+    let look = bed.pending.remove(0);
+    assert!(matches!(look, Action::Owned(..)));
+    bed.answer(look);
+    bed.apply(claim);
+    bed.run(6 * SECOND);
+    assert!(bed.seen.iter().any(|seen| matches!(seen, Observation::OrphanReleased { .. })));
+}
+
+/// The next claim that is sent, unanswered.
+fn next_claim_lost(bed: &mut Bed) -> Action {
+    loop {
+        bed.now = bed.now.max(bed.worker.next_wakeup().expect("it polls"));
+        bed.wake();
+        if let Some(at) = bed.pending.iter().position(|action| matches!(action, Action::Claim(..))) {
+            return bed.pending.remove(at);
+        }
+        bed.answer_all();
+    }
+}
+
+/// Lies somewhere on its way, long after the worker gave it up and all its looks found nothing.
+#[test]
+fn a_claim_that_arrives_later_than_anybody_waits_takes_nothing() {
+    let (timeout, grace) = (settings().timing().store_timeout(), settings().timing().reclaim_grace());
+    for (late, takes) in [(timeout + grace, true), (timeout + grace + MS, false)] {
+        let mut bed = Bed::new(settings());
+        bed.run(SECOND);
+        let claim = next_claim_lost(&mut bed);
+        let request = Bed::request_of(&claim);
+        let sent = bed.now;
+        bed.run(timeout);
+        bed.give(Input::Claimed { request, reply: Err(unknown()) });
+        bed.run(late - bed.now.since(sent));
+        bed.pending.clear();
+        bed.add(1, "http://a");
+        bed.apply(claim);
+        assert_eq!(bed.row(1).lease.is_some(), takes, "{late:?} after it was sent");
+    }
+}
+
+/// It can't say until when it is valid, since no reply has told it the database's time yet.
+#[test]
+fn what_the_very_first_claim_may_take_at_any_time_is_looked_for_ever_after() {
+    let mut bed = Bed::new(settings());
+    bed.wake();
+    let claim = bed.pending.remove(0);
+    let request = Bed::request_of(&claim);
+    bed.give(Input::Claimed { request, reply: Err(unknown()) });
+    bed.run(300 * SECOND);
+    bed.add(1, "http://a");
+    bed.apply(claim);
+    assert!(bed.row(1).lease.is_some(), "it was applied");
+    let lease = bed.row(1).token;
+    bed.run(settings().timing().lease());
+    let released =
+        |seen: &Observation| matches!(seen, Observation::OrphanReleased { key } if key.token == lease);
+    assert!(bed.seen.iter().any(released));
+    assert_eq!(bed.row(1).reclaims, 0, "before it ran out");
+}
+
+#[test]
+fn a_claim_that_came_void_is_made_again_at_once() {
+    for searches in [false, true] {
+        let mut bed = Bed::new(settings());
+        bed.add(1, "http://a");
+        let db = bed.db();
+        bed.row_mut(1).claim(db, &WorkerId::new("dies"), &TERMS);
+        bed.run(40 * MS);
+        let awaited =
+            |action: &Action| matches!(action, Action::Claim(_, claim) if claim.terms.expired == searches);
+        loop {
+            bed.now = bed.now.max(bed.worker.next_wakeup().expect("it polls"));
+            if bed.wake().iter().any(awaited) {
+                break;
+            }
+            bed.answer_all();
+        }
+        bed.db_ahead = 60 * SECOND;
+        bed.add(2, "http://a");
+        bed.answer_all();
+        let opened: Vec<RowId> = bed.opened().iter().map(|key| key.row).collect();
+        // What fell due as the clock was set forward, and what ran out.
+        assert_eq!(opened, if searches { vec![RowId(1), RowId(2)] } else { vec![RowId(2)] });
+    }
+}
+
+#[test]
+fn while_a_look_fails_nothing_is_claimed() {
+    let mut bed = Bed::new(settings());
+    let request = next_claim(&mut bed);
+    let mut actions = bed.give(Input::Claimed { request, reply: Err(unknown()) });
+    for _ in 0..10 {
+        let look = loop {
+            assert!(!actions.iter().any(|action| matches!(action, Action::Claim(..))), "{actions:?}");
+            if let Some(look) = actions.iter().find(|action| matches!(action, Action::Owned(..))) {
+                break Bed::request_of(look);
+            }
+            bed.now = bed.now.max(bed.worker.next_wakeup().expect("it looks again"));
+            actions = bed.wake();
+        };
+        bed.pending.clear();
+        actions = bed.give(Input::Owned { request: look, reply: Err(unknown()) });
+    }
+}
