@@ -1,4 +1,8 @@
+use std::collections::BTreeSet;
+use std::time::Duration;
+
 use super::*;
+use crate::machine::{Limits, RetryPolicy};
 
 const URL: &str = "postgres://app:hunter2@db/app";
 const SECRET: &str = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw";

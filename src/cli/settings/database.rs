@@ -1,0 +1,75 @@
+//! Database URLs, which hold passwords.
+
+use std::fmt;
+
+use secrecy::{ExposeSecret as _, SecretString};
+
+use super::SettingsError;
+
+/// Which database a URL names.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Database {
+    /// PostgreSQL.
+    Postgres,
+    /// SQLite.
+    Sqlite,
+}
+
+/// A database URL. `Debug` and `Display` show neither password nor parameters.
+#[derive(Clone)]
+pub struct DatabaseUrl {
+    /// What it names.
+    pub database: Database,
+    url: SecretString,
+}
+
+impl std::str::FromStr for DatabaseUrl {
+    type Err = SettingsError;
+
+    fn from_str(text: &str) -> Result<Self, SettingsError> {
+        Self::parse(text).ok_or_else(|| SettingsError(vec!["not a database URL".to_owned()]))
+    }
+}
+
+impl DatabaseUrl {
+    pub(super) fn parse(text: &str) -> Option<Self> {
+        let database = if text.starts_with("postgres://") || text.starts_with("postgresql://") {
+            Database::Postgres
+        } else {
+            let file = text.strip_prefix("sqlite:")?.trim_start_matches('/');
+            let file = file.split('?').next().unwrap_or_default();
+            // An outbox in memory would be lost, and each connection would have its own.
+            if file.is_empty() || file == ":memory:" {
+                return None;
+            }
+            Database::Sqlite
+        };
+        Some(Self { database, url: text.to_owned().into() })
+    }
+
+    /// The URL with its password: to connect, never to show.
+    pub fn expose(&self) -> &str {
+        self.url.expose_secret()
+    }
+}
+
+impl fmt::Display for DatabaseUrl {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let url = self.expose();
+        let (scheme, rest) = url.split_once(':').unwrap_or((url, ""));
+        let head = rest.split('?').next().unwrap_or_default();
+        match (self.database, head.rsplit_once('@')) {
+            (Database::Sqlite, _) => write!(f, "{scheme}:{head}"),
+            (Database::Postgres, Some((_, place))) => write!(f, "{scheme}://…@{place}"),
+            // An @ among the parameters: it can't be told where a password ends.
+            (Database::Postgres, None) if rest.contains('@') => write!(f, "{scheme}://…"),
+            (Database::Postgres, None) => write!(f, "{scheme}:{head}"),
+        }
+    }
+}
+
+impl fmt::Debug for DatabaseUrl {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "DatabaseUrl({self})")
+    }
+}

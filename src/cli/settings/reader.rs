@@ -1,0 +1,502 @@
+//! From texts to values. Every mistake is noted, and the next value read.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use tracing_subscriber::EnvFilter;
+
+use super::database::{Database, DatabaseUrl};
+use super::table::{Kind, PREFIX, SETTINGS, Setting, lookup};
+use super::{DEFAULT_FILE, LogFormat, LogSettings, Needs, Origin, Settings, SettingsError, Sources};
+use crate::adapters::http::{AllowRule, HttpGateway, HttpSettings, HttpSettingsError, Secret};
+use crate::adapters::store::{Retain, SETTLED_FOR};
+use crate::machine::{LimitError, Limits, RawTiming, RetryPolicy, Timing, TimingError, WorkerSettings};
+
+/// A value and where it came from.
+struct Given {
+    text: String,
+    origin: Origin,
+}
+
+struct Reader<'a> {
+    sources: &'a Sources<'a>,
+    given: BTreeMap<&'static str, Given>,
+    problems: Vec<String>,
+}
+
+/// Parses the settings. Pure but for [`Sources::read`].
+///
+/// An empty variable counts as one that is not set, as deployment tools write it.
+///
+/// # Errors
+/// Every mistake at once, each naming the key, the value (unless it may be secret) and what is allowed.
+pub fn parse(sources: &Sources<'_>, needs: Needs) -> Result<Settings, SettingsError> {
+    let mut reader = Reader { sources, given: BTreeMap::new(), problems: Vec::new() };
+    reader.gather();
+    let settings = reader.settings(needs);
+    match settings {
+        Some(settings) if reader.problems.is_empty() => Ok(settings),
+        _ => Err(SettingsError(reader.problems)),
+    }
+}
+
+impl Reader<'_> {
+    /// Lays the sources over each other, the weakest first.
+    fn gather(&mut self) {
+        for setting in SETTINGS {
+            if let Some(default) = setting.default {
+                self.give(setting, default.to_owned(), Origin::Default);
+            }
+        }
+        if let Some((_, text)) = &self.sources.file {
+            self.gather_file(text);
+        }
+        for (variable, value) in &self.sources.environment {
+            match SETTINGS.iter().find(|setting| setting.variable() == *variable) {
+                Some(setting) if !value.is_empty() => self.give(setting, value.clone(), Origin::Environment),
+                Some(_) => {}
+                None if variable.starts_with(PREFIX) && !is_kubernetes(variable) => {
+                    let known = SETTINGS.iter().map(Setting::variable);
+                    self.problems
+                        .push(format!("{variable} is not a setting{}", did_you_mean(variable, known)));
+                }
+                None => {}
+            }
+        }
+        for (name, value) in &self.sources.flags {
+            match lookup(name) {
+                Some(setting) => self.give(setting, value.clone(), Origin::Flag),
+                None => self.problems.push(format!("--{} is not a setting", name.replace('_', "-"))),
+            }
+        }
+    }
+
+    fn gather_file(&mut self, text: &str) {
+        let name = self.file_name().to_owned();
+        let table = match text.parse::<toml::Table>() {
+            Ok(table) => table,
+            Err(error) => {
+                // The error's own text quotes the line, which may hold a secret.
+                let start = error.span().map_or(0, |span| span.start).min(text.len());
+                let line = 1 + text.as_bytes()[..start].iter().filter(|byte| **byte == b'\n').count();
+                self.problems.push(format!("{name}, line {line}, is not TOML: {}", error.message()));
+                return;
+            }
+        };
+        for (key, value) in table {
+            let Some(setting) = lookup(&key) else {
+                let known = SETTINGS.iter().map(|setting| setting.name.to_owned());
+                self.problems.push(format!("{key} in {name} is not a setting{}", did_you_mean(&key, known)));
+                continue;
+            };
+            match toml_text(&value) {
+                Some(text) => self.give(setting, text, Origin::File),
+                None => self.problems.push(format!(
+                    "{key} in {name} is a {}; allowed is {}",
+                    value.type_str(),
+                    setting.kind.allowed()
+                )),
+            }
+        }
+    }
+
+    fn file_name(&self) -> &str {
+        self.sources.file.as_ref().map_or(DEFAULT_FILE, |(name, _)| name)
+    }
+
+    fn give(&mut self, setting: &'static Setting, text: String, origin: Origin) {
+        self.given.insert(setting.name, Given { text, origin });
+    }
+
+    /// The key as it was written, wherever that was.
+    fn key(&self, name: &str) -> String {
+        let origin = self.given.get(name).map_or(Origin::Default, |given| given.origin);
+        match (lookup(name), origin) {
+            (Some(_), Origin::File) => format!("{name} in {}", self.file_name()),
+            (Some(setting), Origin::Environment) => setting.variable(),
+            (Some(setting), Origin::Flag) => format!("--{}", setting.flag()),
+            _ => name.to_owned(),
+        }
+    }
+
+    fn refuse(&mut self, name: &str, allowed: &str) {
+        let key = self.key(name);
+        let secret = lookup(name).is_some_and(|setting| setting.kind.is_secret());
+        let value = match self.given.get(name) {
+            Some(given) if !secret => format!("{:?}", given.text),
+            _ => "not valid (its value is not shown)".to_owned(),
+        };
+        self.problems.push(format!("{key} is {value}; allowed is {allowed}"));
+    }
+
+    /// A value by its own parser: `Ok(None)` if it isn't set, `Err` if it is wrong, which is then noted.
+    fn optional<T>(
+        &mut self,
+        name: &str,
+        allowed: &str,
+        parse: impl Fn(&str) -> Option<T>,
+    ) -> Result<Option<T>, ()> {
+        let Some(given) = self.given.get(name) else { return Ok(None) };
+        let value = parse(given.text.trim());
+        if value.is_none() {
+            self.refuse(name, allowed);
+        }
+        value.map(Some).ok_or(())
+    }
+
+    /// A value that has a default in the table; `None` if it is wrong, which is then noted.
+    fn value<T>(&mut self, name: &str, allowed: &str, parse: impl Fn(&str) -> Option<T>) -> Option<T> {
+        self.optional(name, allowed, parse).ok().flatten()
+    }
+
+    fn duration(&mut self, name: &str) -> Option<Duration> {
+        self.value(name, Kind::Duration.allowed(), parse_duration)
+    }
+
+    fn number(&mut self, name: &str, least: u32, most: u32) -> Option<u32> {
+        let allowed = format!("{least} to {most}");
+        self.value(name, &allowed, |text| text.parse().ok().filter(|n| (least..=most).contains(n)))
+    }
+
+    fn bool(&mut self, name: &str) -> Option<bool> {
+        self.value(name, Kind::Bool.allowed(), |text| text.parse().ok())
+    }
+
+    fn size(&mut self, name: &str, allowed: &str, least: u64, most: u64) -> Option<u32> {
+        let parse = |text: &str| parse_size(text).filter(|size| (least..=most).contains(size));
+        self.value(name, allowed, parse).and_then(|size| size.try_into().ok())
+    }
+
+    fn list<T>(&mut self, name: &str, allowed: &str, parse: impl Fn(&str) -> Option<T>) -> Option<Vec<T>> {
+        let items = |text: &str| {
+            text.split(',').map(str::trim).filter(|item| !item.is_empty()).map(&parse).collect::<Option<_>>()
+        };
+        self.optional(name, allowed, items).ok().map(Option::unwrap_or_default)
+    }
+
+    /// Everything is read before anything is given up, so that every mistake is found.
+    fn settings(&mut self, needs: Needs) -> Option<Settings> {
+        let database = self.optional("database_url", Kind::DatabaseUrl.allowed(), DatabaseUrl::parse);
+        if needs.database && database.as_ref().is_ok_and(Option::is_none) {
+            let allowed = Kind::DatabaseUrl.allowed();
+            self.problems.push(format!("DATABASE_URL is not set; allowed is {allowed}"));
+        }
+        let worker = self.worker(database.as_ref().ok().and_then(Option::as_ref));
+        let http = self.http(needs.secrets);
+        let prepared_statements = self.bool("prepared_statements");
+        let name = |text: &str| {
+            let fits = (1..=200).contains(&text.len()) && text.bytes().all(|b| b.is_ascii_graphic());
+            fits.then(|| text.to_owned())
+        };
+        let worker_name = self.optional("worker_name", "1 to 200 visible ASCII characters", name);
+        let max_attempts = self.number("max_attempts", 1, i32::MAX.unsigned_abs());
+        let max_payload = self.size("max_payload", "1 to 8MiB", 1, 8 << 20);
+        let retain = self.retain(database.as_ref().ok().and_then(Option::as_ref));
+        let address = "an address and port such as 127.0.0.1:9090";
+        let admin_addr = self.optional("admin_addr", address, |text| text.parse().ok());
+        let filter = self.value("log", "a level (error, warn, info, debug, trace) or target=level", |text| {
+            EnvFilter::builder().parse(text).is_ok().then(|| text.to_owned())
+        });
+        let format = self.value("log_format", "text or json", |text| match text {
+            "text" => Some(LogFormat::Text),
+            "json" => Some(LogFormat::Json),
+            _ => None,
+        });
+        Some(Settings {
+            database: database.ok()?,
+            prepared_statements: prepared_statements?,
+            worker_name: worker_name.ok()?.unwrap_or_else(|| host_worker_name(&self.sources.host_name)),
+            worker: worker?,
+            http: http?,
+            max_attempts: max_attempts?.try_into().ok()?,
+            max_payload: max_payload?,
+            retain: retain?,
+            admin_addr: admin_addr.ok()?,
+            log: LogSettings { filter: filter?, format: format? },
+            shown: self.shown(),
+        })
+    }
+
+    fn retain(&mut self, database: Option<&DatabaseUrl>) -> Option<Retain> {
+        let most = Duration::from_secs(876_000 * 3_600);
+        let keep_for = self.value("retain_for", "a duration from 1m to 876000h", |text| {
+            parse_duration(text).filter(|duration| (SETTLED_FOR..=most).contains(duration))
+        });
+        let kind = self.value("retain", "keep, archive or delete", |text| match text {
+            "keep" => Some((|_| Retain::Keep) as fn(Duration) -> Retain),
+            "archive" => Some(Retain::Archive),
+            "delete" => Some(Retain::Delete),
+            _ => None,
+        });
+        let retain = kind?(keep_for?);
+        if matches!(retain, Retain::Archive(_))
+            && database.is_some_and(|url| url.database == Database::Sqlite)
+        {
+            self.refuse("retain", "keep or delete on SQLite");
+            return None;
+        }
+        Some(retain)
+    }
+
+    fn timing(&mut self, database: Option<&DatabaseUrl>) -> Option<Timing> {
+        let lease = self.duration("lease");
+        let [heartbeat, store_timeout, fence_margin, reclaim_grace] =
+            ["heartbeat", "store_timeout", "fence_margin", "reclaim_grace"]
+                .map(|name| self.optional(name, Kind::Duration.allowed(), parse_duration));
+        let raw = RawTiming {
+            lease: lease?,
+            heartbeat: heartbeat.ok()?,
+            store_timeout: store_timeout.ok()?,
+            fence_margin: fence_margin.ok()?,
+            reclaim_grace: reclaim_grace.ok()?,
+        };
+        if database.is_some_and(|url| url.database == Database::Sqlite) && raw.lease < Duration::from_secs(2)
+        {
+            self.refuse("lease", "2s or more on SQLite");
+            return None;
+        }
+        let error = match Timing::parse(raw) {
+            Ok(timing) => return Some(timing),
+            Err(error) => error,
+        };
+        let name = match error {
+            TimingError::Lease(_) => "lease",
+            TimingError::Heartbeat(_) => "heartbeat",
+            TimingError::StoreTimeout(_) => "store_timeout",
+            TimingError::FenceMargin(_) => "fence_margin",
+            TimingError::ReclaimGrace(_) => "reclaim_grace",
+            TimingError::Rule { .. } => {
+                self.problems.push(error.to_string());
+                return None;
+            }
+        };
+        self.blame(name, &error);
+        None
+    }
+
+    /// Notes a machine's error, which names the setting by itself, with the key as it was written.
+    fn blame(&mut self, name: &str, error: &impl fmt::Display) {
+        let text = error.to_string();
+        let key = self.key(name);
+        self.problems.push(text.strip_prefix(name).map_or(format!("{key}: {text}"), |rest| key + rest));
+    }
+
+    fn worker(&mut self, database: Option<&DatabaseUrl>) -> Option<WorkerSettings> {
+        let timing = self.timing(database);
+        // The machine has bounds of its own, and they are the ones to be reported.
+        let [in_flight, per_destination, claim_batch, reclaim_limit, jitter_bps, budget] = [
+            "max_in_flight",
+            "max_in_flight_per_destination",
+            "claim_batch",
+            "reclaim_limit",
+            "retry_jitter_bps",
+            "retry_budget",
+        ]
+        .map(|name| self.value(name, Kind::Number.allowed(), |text| text.parse::<u32>().ok()));
+        let max_leased = self.optional("max_leased", Kind::Number.allowed(), |text| text.parse::<u32>().ok());
+        let [poll_interval, drain_timeout, initial, max, retry_after_max] =
+            ["poll_interval", "drain_timeout", "retry_initial", "retry_max", "retry_after_max"]
+                .map(|name| self.duration(name));
+        let status = |text: &str| text.parse().ok().filter(|status| (300..=599).contains(status));
+        let fail_statuses = self.list("fail_statuses", "statuses from 300 to 599 with commas", status);
+        let counts = [in_flight, per_destination, claim_batch, reclaim_limit, jitter_bps, budget];
+        let durations = [poll_interval, drain_timeout, initial, max, retry_after_max];
+        let complete = counts.iter().all(Option::is_some) && durations.iter().all(Option::is_some);
+        let (complete, fail_statuses) =
+            (complete && fail_statuses.is_some(), fail_statuses.unwrap_or_default());
+        // What was refused already has a sound stand-in, so that the rest is checked all the same.
+        let hour = Duration::from_secs(3_600);
+        let (in_flight, claim_batch) = (in_flight.unwrap_or(1), claim_batch.unwrap_or(1));
+        let limits = Limits {
+            max_in_flight: in_flight,
+            max_in_flight_per_destination: per_destination.unwrap_or(1),
+            max_leased: max_leased.ok()?.unwrap_or(in_flight.saturating_add(claim_batch)),
+            claim_batch,
+            poll_interval: poll_interval.unwrap_or(hour),
+            drain_timeout: drain_timeout.unwrap_or(hour),
+            reclaim_limit: reclaim_limit.unwrap_or(0),
+        };
+        let retry = RetryPolicy {
+            initial: initial.unwrap_or(Duration::from_millis(1)),
+            max: max.unwrap_or(hour * 24 * 365),
+            jitter_bps: jitter_bps.unwrap_or(0).try_into().unwrap_or(u16::MAX),
+            budget: budget.unwrap_or(0),
+            retry_after_max: retry_after_max.unwrap_or(hour),
+            fail_statuses: BTreeSet::from_iter(fail_statuses),
+        };
+        // Without a timing the limits are checked all the same, against one that blames none of them.
+        let stand_in = || {
+            let shortest = RawTiming {
+                lease: Duration::from_secs(1),
+                heartbeat: None,
+                store_timeout: Some(Duration::from_millis(1)),
+                fence_margin: None,
+                reclaim_grace: None,
+            };
+            Timing::parse(shortest).ok()
+        };
+        let errors: Vec<LimitError> = match WorkerSettings::parse(timing.or_else(stand_in)?, limits, retry, 0)
+        {
+            Ok(settings) => return timing.filter(|_| complete).map(|_| settings),
+            Err(errors) => errors,
+        };
+        for error in errors {
+            self.blame(error.setting(), &error);
+        }
+        None
+    }
+
+    fn http(&mut self, needs_secrets: bool) -> Option<HttpSettings> {
+        let secrets = self.secrets(needs_secrets);
+        let timeout = |text: &str| parse_duration(text).filter(|d| (1..=86_400_000).contains(&d.as_millis()));
+        let [connect_timeout, request_timeout] = ["connect_timeout", "request_timeout"]
+            .map(|name| self.value(name, "a duration from 1ms to 24h", timeout));
+        let response_cap = self.size("response_cap", "a size up to 1GiB", 0, 1 << 30);
+        let sign_hex = self.bool("sign_hex");
+        let hex_prefix = self.value("hex_prefix", Kind::Text.allowed(), |text| Some(text.to_owned()));
+        let rule = |text: &str| text.parse::<AllowRule>().ok();
+        let allowed =
+            "CIDRs such as 10.0.0.0/8 and host names such as app or *.internal.example, with commas";
+        let addresses = self.list("allow_destinations", allowed, rule);
+        let allow_http = self.bool("allow_http");
+        let hex_prefix = sign_hex?.then_some(hex_prefix?);
+        if let Some(prefix) = &hex_prefix
+            && let Err(HttpSettingsError::HexPrefix(_)) = HttpGateway::check_hex_prefix(prefix)
+        {
+            self.refuse("hex_prefix", "what a header name can begin with, other than webhook");
+        }
+        Some(HttpSettings {
+            connect_timeout: connect_timeout?,
+            request_timeout: request_timeout?,
+            response_cap: response_cap?.try_into().ok()?,
+            secrets: secrets?,
+            hex_prefix,
+            addresses: addresses?.into_iter().collect(),
+            allow_http: allow_http?,
+        })
+    }
+
+    fn secrets(&mut self, needed: bool) -> Option<Vec<Secret>> {
+        let inline = self.given.get("signing_secrets").map(|given| given.text.clone());
+        let file = self.given.get("signing_secrets_file").map(|given| PathBuf::from(&given.text));
+        let (name, text) = match (inline, file) {
+            (Some(_), Some(_)) => {
+                let (one, other) = (self.key("signing_secrets"), self.key("signing_secrets_file"));
+                self.problems.push(format!("{one} and {other} are both set; allowed is one of them"));
+                return None;
+            }
+            (Some(text), None) => ("signing_secrets", text),
+            (None, Some(path)) => match self.sources.read.map(|read| read(&path)) {
+                Some(Ok(text)) => ("signing_secrets_file", text),
+                Some(Err(error)) => {
+                    let key = self.key("signing_secrets_file");
+                    self.problems.push(format!("{key} is {:?}, which can't be read: {error}", path));
+                    return None;
+                }
+                None => return Some(Vec::new()),
+            },
+            (None, None) => ("signing_secrets", String::new()),
+        };
+        let mut secrets = Vec::new();
+        let mut good = true;
+        let items = text.split([',', '\n']).map(str::trim).filter(|item| !item.is_empty());
+        for (n, item) in items.enumerate() {
+            match item.parse() {
+                Ok(secret) => secrets.push(secret),
+                Err(error) => {
+                    good = false;
+                    let key = self.key(name);
+                    self.problems.push(format!("{key}, entry {}: {error} (its value is not shown)", n + 1));
+                }
+            }
+        }
+        if good && needed && secrets.is_empty() {
+            let allowed = Kind::Secrets.allowed();
+            self.problems.push(format!(
+                "LEASEHOLD_SIGNING_SECRETS is not set; allowed is {allowed}, or LEASEHOLD_SIGNING_SECRETS_FILE"
+            ));
+            return None;
+        }
+        good.then_some(secrets)
+    }
+
+    fn shown(&self) -> Vec<(&'static str, String, Origin)> {
+        let show = |setting: &Setting| {
+            let given = self.given.get(setting.name)?;
+            let text = match setting.kind {
+                Kind::DatabaseUrl => DatabaseUrl::parse(&given.text)?.to_string(),
+                Kind::Secrets => "(set)".to_owned(),
+                _ => given.text.clone(),
+            };
+            Some((setting.name, text, given.origin))
+        };
+        SETTINGS.iter().filter_map(show).collect()
+    }
+}
+
+/// A TOML value as it would be written in the environment.
+fn toml_text(value: &toml::Value) -> Option<String> {
+    match value {
+        toml::Value::String(text) => Some(text.clone()),
+        toml::Value::Integer(number) => Some(number.to_string()),
+        toml::Value::Boolean(bool) => Some(bool.to_string()),
+        toml::Value::Array(items) => Some(items.iter().map(toml_text).collect::<Option<Vec<_>>>()?.join(",")),
+        toml::Value::Float(_) | toml::Value::Datetime(_) | toml::Value::Table(_) => None,
+    }
+}
+
+fn did_you_mean(unknown: &str, known: impl Iterator<Item = String>) -> String {
+    known
+        .map(|name| (strsim::damerau_levenshtein(unknown, &name), name))
+        .min()
+        .filter(|(distance, _)| *distance <= 3)
+        .map(|(_, name)| format!("; did you mean {name}?"))
+        .unwrap_or_default()
+}
+
+/// The host name as a worker's name.
+fn host_worker_name(host: &str) -> String {
+    let name: String = host.chars().filter(char::is_ascii_graphic).take(200).collect();
+    if name.is_empty() { "worker".to_owned() } else { name }
+}
+
+/// Parses a duration: a whole number and `ms`, `s`, `m` or `h`.
+pub fn parse_duration(text: &str) -> Option<Duration> {
+    let (number, unit) = text.split_at(text.find(|c: char| !c.is_ascii_digit())?);
+    let number: u64 = number.parse().ok()?;
+    match unit {
+        "ms" => Some(Duration::from_millis(number)),
+        "s" => Some(Duration::from_secs(number)),
+        "m" => number.checked_mul(60).map(Duration::from_secs),
+        "h" => number.checked_mul(3_600).map(Duration::from_secs),
+        _ => None,
+    }
+}
+
+/// Parses a size in bytes: a whole number, alone or with `B`, `KiB`, `MiB` or `GiB`.
+pub fn parse_size(text: &str) -> Option<u64> {
+    let (number, unit) = text.split_at(text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len()));
+    let number: u64 = number.parse().ok()?;
+    let shift = match unit {
+        "" | "B" => 0,
+        "KiB" => 10,
+        "MiB" => 20,
+        "GiB" => 30,
+        _ => return None,
+    };
+    number.checked_mul(1 << shift)
+}
+
+/// Whether a variable is one that Kubernetes injects for a service named `leasehold…`: no setting, and no mistake.
+fn is_kubernetes(variable: &str) -> bool {
+    let after_port = |rest: &str| {
+        let (number, rest) = rest.split_at(rest.find(|c: char| !c.is_ascii_digit()).unwrap_or(rest.len()));
+        !number.is_empty() && rest.starts_with('_')
+    };
+    variable.ends_with("_SERVICE_HOST")
+        || variable.ends_with("_PORT")
+        || variable.contains("_SERVICE_PORT_")
+        || variable.match_indices("_PORT_").any(|(at, part)| after_port(&variable[at + part.len()..]))
+}
