@@ -122,11 +122,7 @@ pub fn generate(seed: u64, profile: Profile) -> Schedule {
     let mut schedule =
         Schedule { seed, profile, settings, slots, destinations, events, pace, faults: Vec::new(), heal_at };
     let mut faults = Vec::new();
-    if profile == Profile::Aimed {
-        aim(&mut schedule, &mut Rng::new(seed, "faults"), &mut faults);
-    } else {
-        add_faults(&mut schedule, &mut Rng::new(seed, "faults"), &mut faults);
-    }
+    add_faults(&mut schedule, &mut Rng::new(seed, "faults"), &mut faults);
     call_late(&mut Rng::new(seed, "hung calls"), timeout, lease, &mut faults);
     faults.sort_by_key(|timed| timed.at);
     schedule.faults = faults;
@@ -326,7 +322,12 @@ fn add_faults(schedule: &mut Schedule, rng: &mut Rng, faults: &mut Vec<Timed>) {
         }
     };
     match schedule.profile {
-        Profile::Calm | Profile::Poison | Profile::Aimed => {}
+        Profile::Calm | Profile::Poison => {}
+        Profile::Aimed => {
+            // Nothing beside it that would excuse what comes of it.
+            let patterns = [late_claims, late_locks, late_calls, short_locks, steps_ahead, slow_scans];
+            rng.pick(&patterns)(schedule, rng, faults);
+        }
         Profile::OneFault => {
             let class = *rng.pick(&CLASSES);
             add(class, schedule, rng, faults);
@@ -411,12 +412,6 @@ fn add_faults(schedule: &mut Schedule, rng: &mut Rng, faults: &mut Vec<Timed>) {
             }
         }
     }
-}
-
-/// One pattern of faults, and nothing beside it that would excuse what comes of it.
-fn aim(schedule: &mut Schedule, rng: &mut Rng, faults: &mut Vec<Timed>) {
-    let patterns = [late_claims, late_locks, late_calls, short_locks, steps_ahead, slow_scans];
-    rng.pick(&patterns)(schedule, rng, faults);
 }
 
 /// The claims that would find an event commit later than the first looks for what they left, and while that is still
