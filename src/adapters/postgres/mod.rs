@@ -8,6 +8,7 @@ mod connect;
 mod error;
 mod retire;
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -428,7 +429,7 @@ impl Outbox for Postgres {
             .bind(tokens)
             .bind(micros(request.lease));
         let rows = self.call(&self.renewals, query).await?;
-        let (db_now, answers) = read_answers(&rows).map_err(|error| unreadable(&error))?;
+        let (db_now, answers) = read_answers(&rows, request.keys).map_err(|error| unreadable(&error))?;
         Ok(RenewReply { db_now, answers })
     }
 
@@ -445,7 +446,7 @@ impl Outbox for Postgres {
             .bind(settles.iter().map(|settle| settle.error.clone()).collect::<Vec<_>>())
             .bind(settles.iter().map(|settle| settle.status).collect::<Vec<_>>());
         let rows = self.call(&self.settles, query).await?;
-        let (db_now, answers) = read_answers(&rows).map_err(|error| unreadable(&error))?;
+        let (db_now, answers) = read_answers(&rows, keys).map_err(|error| unreadable(&error))?;
         Ok(SettleReply { db_now, answers })
     }
 
@@ -524,21 +525,31 @@ fn flatten(settle: Settle) -> Flat {
     }
 }
 
-fn read_answers(rows: &[PgRow]) -> Result<(DbTime, Vec<(LeaseKey, Answer)>), sqlx::Error> {
-    let mut db_now = DbTime::default();
-    let mut answers = Vec::with_capacity(rows.len());
+/// The statement names those that were not applied, and how many were.
+fn read_answers(
+    rows: &[PgRow],
+    asked: Vec<LeaseKey>,
+) -> Result<(DbTime, Vec<(LeaseKey, Answer)>), sqlx::Error> {
+    let header = rows.first().ok_or(sqlx::Error::RowNotFound)?;
+    let db_now = DbTime::from_micros(header.try_get("db_now")?);
+    let applied: i64 = header.try_get("applied")?;
+    let mut others = BTreeMap::new();
     for row in rows {
-        db_now = DbTime::from_micros(row.try_get("db_now")?);
-        let key = LeaseKey { row: RowId(row.try_get("id")?), token: Token(row.try_get("token")?) };
-        let answer = match row.try_get::<&str, _>("answer")? {
-            "applied" => Answer::Applied,
-            "ended" => Answer::Ended,
-            "refused" => Answer::Refused,
-            _ => Answer::Skipped,
-        };
-        answers.push((key, answer));
+        if let Some(id) = row.try_get("id")? {
+            let answer = match row.try_get::<&str, _>("answer")? {
+                "ended" => Answer::Ended,
+                "refused" => Answer::Refused,
+                _ => Answer::Skipped,
+            };
+            others.insert(LeaseKey { row: RowId(id), token: Token(row.try_get("token")?) }, answer);
+        }
     }
-    Ok((db_now, answers))
+    if usize::try_from(applied) != Ok(asked.len() - others.len().min(asked.len())) {
+        let error = format!("{} answers and {applied} applied of {}", others.len(), asked.len());
+        return Err(sqlx::Error::Protocol(error));
+    }
+    let answer = |key| (key, others.get(&key).copied().unwrap_or(Answer::Applied));
+    Ok((db_now, asked.into_iter().map(answer).collect()))
 }
 
 fn read_claim(rows: &[PgRow]) -> Result<Claimed, sqlx::Error> {

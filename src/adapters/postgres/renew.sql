@@ -16,18 +16,26 @@ renewed as (
     where event.id = locked.id and locked.lease_token = locked.token and locked.lease_owner = $1
     returning event.id, event.lease_token
 )
+-- Mostly every lease is renewed, and then this is one row.
 select
     (extract(epoch from leasehold.late_now()) * 1000000)::bigint as db_now,
-    asked.id,
-    asked.token,
-    case
-        when renewed.id is not null then 'applied'
-        when locked.id is not null and locked.lease_token = asked.token and locked.lease_owner is null then 'ended'
-        when locked.id is not null then 'refused'
-        when exists (select from leasehold.outbox_events as event where event.id = asked.id) then 'skipped'
-        else 'refused'
-    end as answer
-from asked
-left join locked on locked.id = asked.id and locked.token = asked.token
--- A row may be asked for under two tokens.
-left join renewed on renewed.id = asked.id and renewed.lease_token = asked.token
+    (select count(*) from renewed) as applied,
+    other.id,
+    other.token,
+    other.answer
+from (select) as always left join (
+    select
+        asked.id,
+        asked.token,
+        case
+            when locked.id is not null and locked.lease_token = asked.token and locked.lease_owner is null then 'ended'
+            when locked.id is not null then 'refused'
+            when exists (select from leasehold.outbox_events as event where event.id = asked.id) then 'skipped'
+            else 'refused'
+        end as answer
+    from asked
+    left join locked on locked.id = asked.id and locked.token = asked.token
+    -- A row may be asked for under two tokens.
+    left join renewed on renewed.id = asked.id and renewed.lease_token = asked.token
+    where renewed.id is null
+) as other on true

@@ -35,18 +35,26 @@ settled as (
     where event.id = guarded.id
     returning event.id, event.lease_token
 )
+-- Mostly every settle is applied, and then this is one row.
 select
     (extract(epoch from leasehold.late_now()) * 1000000)::bigint as db_now,
-    asked.id,
-    asked.token,
-    case
-        when settled.id is not null then 'applied'
-        when locked.id is not null and locked.lease_token = asked.token and locked.lease_owner is null then 'ended'
-        when locked.id is not null then 'refused'
-        when exists (select from leasehold.outbox_events as event where event.id = asked.id) then 'skipped'
-        else 'refused'
-    end as answer
-from asked
-left join locked on locked.id = asked.id
--- A row may be asked for under two tokens.
-left join settled on settled.id = asked.id and settled.lease_token = asked.token
+    (select count(*) from settled) as applied,
+    other.id,
+    other.token,
+    other.answer
+from (select) as always left join (
+    select
+        asked.id,
+        asked.token,
+        case
+            when locked.id is not null and locked.lease_token = asked.token and locked.lease_owner is null then 'ended'
+            when locked.id is not null then 'refused'
+            when exists (select from leasehold.outbox_events as event where event.id = asked.id) then 'skipped'
+            else 'refused'
+        end as answer
+    from asked
+    left join locked on locked.id = asked.id
+    -- A row may be asked for under two tokens.
+    left join settled on settled.id = asked.id and settled.lease_token = asked.token
+    where settled.id is null
+) as other on true

@@ -24,7 +24,7 @@ pub(super) struct Renewals {
     batch: Option<UnderWay>,
     failures: u32,
     retry_at: Moment,
-    /// The last statement was full, so more leases are likely to be ripe.
+    /// The last statement was full, and left ripe leases.
     more: bool,
     alone: Option<UnderWay>,
     alone_queue: VecDeque<LeaseKey>,
@@ -34,7 +34,7 @@ pub(super) struct Renewals {
 
 impl Worker {
     /// A run of statements begins when the oldest lease is three quarters of `H` old, takes all that are at least `H/2`
-    /// old, and goes on while statements are full. The last quarter is the slack for a first failed try.
+    /// old, and is over when none is left. The last quarter is the slack for a first failed try.
     pub(super) fn renewal_due_at(&self) -> Option<Moment> {
         if self.renewals.batch.is_some() && !planted!(self, TwoRenewals) {
             return None;
@@ -59,17 +59,22 @@ impl Worker {
         self.heartbeats.first().is_some_and(|(oldest, _)| oldest.after(age) < self.now)
     }
 
+    /// The leases that may be renewed, the oldest first.
+    fn ripe(&self) -> impl Iterator<Item = LeaseKey> {
+        let half = self.timing().heartbeat() / 2;
+        let ripe = self.heartbeats.iter().take_while(move |(confirmed, _)| confirmed.after(half) <= self.now);
+        ripe.map(|(_, key)| *key)
+    }
+
     pub(super) fn start_renewals(&mut self) {
         if self.renewal_due_at().is_some_and(|due| due <= self.now) {
-            let half = self.timing().heartbeat() / 2;
-            let ripe = self.heartbeats.iter().take_while(|(confirmed, _)| confirmed.after(half) <= self.now);
-            let mut keys: Vec<LeaseKey> = ripe.take(STATEMENT_MAX).map(|(_, key)| *key).collect();
+            let mut keys: Vec<LeaseKey> = self.ripe().take(STATEMENT_MAX).collect();
             if planted!(self, QueueNotRenewed) {
                 keys.retain(|key| {
                     self.leases.get(key).is_some_and(|held| !matches!(held.phase, Phase::Queued { .. }))
                 });
                 if keys.is_empty() {
-                    self.renewals.retry_at = self.now.after(half);
+                    self.renewals.retry_at = self.now.after(self.timing().heartbeat() / 2);
                 }
             }
             keys.sort_unstable();
@@ -147,6 +152,11 @@ impl Worker {
                 }
                 self.store_failed(StoreCall::Renew, sent, fault, keys);
             }
+        }
+        if !alone {
+            // What ripens from now on waits for the next run: a run that never ended would renew at twice the rate.
+            let left = self.ripe().next().is_some();
+            self.renewals.more &= left;
         }
     }
 
