@@ -453,6 +453,30 @@ fn no_index_names_what_a_heartbeat_writes() {
     });
 }
 
+#[test]
+fn ids_given_by_default_begin_with_their_time() {
+    on_postgres(async |bed| {
+        let clock = "select (extract(epoch from clock_timestamp()) * 1000)::bigint";
+        let insert = "insert into leasehold.outbox_events (event_type, destination_url, payload)
+            values ('test', 'https://a.example', '{}') returning event_id";
+        let mut last = String::new();
+        for _ in 0..3 {
+            let before: i64 = sqlx::query_scalar(clock).fetch_one(&bed.pool).await.unwrap();
+            let id: String = sqlx::query_scalar(insert).fetch_one(&bed.pool).await.unwrap();
+            let digits = id.replace('-', "");
+            let at = i64::from_str_radix(&digits[..12], 16).unwrap();
+            let after: i64 = sqlx::query_scalar(clock).fetch_one(&bed.pool).await.unwrap();
+            assert!((before..=after).contains(&at), "{id} is of {before} to {after}");
+            // Within one millisecond the order is left to chance.
+            while sqlx::query_scalar::<_, i64>(clock).fetch_one(&bed.pool).await.unwrap() <= at {}
+            assert_eq!(&digits[12..13], "7", "the version of {id}");
+            assert!("89ab".contains(&digits[16..17]), "the variant of {id}");
+            assert!(last < id, "{last} was before {id}");
+            last = id;
+        }
+    });
+}
+
 const CLAIM: &str = include_str!("../../src/adapters/postgres/claim.sql");
 const RENEW: &str = include_str!("../../src/adapters/postgres/renew.sql");
 /// The beginning of the queue, and of the leases.

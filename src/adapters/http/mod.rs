@@ -223,7 +223,8 @@ impl HttpGateway {
 
         let connection = match self.pool.take(&origin).await {
             Some(connection) => connection,
-            None => self.connect(&destination, &authority, &connect).await?,
+            // Mostly not needed, and large: a request that is open should not have room for it.
+            None => Box::pin(self.connect(&destination, &authority, &connect)).await?,
         };
         if !may_start() {
             return Ok(None);

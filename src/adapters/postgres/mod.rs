@@ -202,7 +202,7 @@ impl Postgres {
             let rows: Vec<String> = sqlx::query_scalar(
                 "insert into leasehold.outbox_events
                      (event_id, event_type, destination_url, payload, max_attempts, next_attempt_at)
-                 select coalesce(event_id, gen_random_uuid()::text), event_type, destination_url, payload::jsonb,
+                 select coalesce(event_id, leasehold.new_event_id()), event_type, destination_url, payload::jsonb,
                      coalesce(max_attempts, 20), coalesce(to_timestamp(next_attempt_at / 1e6), now())
                  from unnest($1::text[], $2::text[], $3::text[], $4::text[], $5::int[], $6::bigint[]) with ordinality
                      as event (event_id, event_type, destination_url, payload, max_attempts, next_attempt_at, place)

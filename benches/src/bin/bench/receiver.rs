@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::convert::Infallible;
-use std::net::SocketAddr;
+use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -21,6 +21,9 @@ pub(crate) struct Arrivals {
     pub(crate) requests: u64,
 }
 
+/// It listens on that many addresses beside its own: so many destinations are healthy.
+pub(crate) const DESTINATIONS: u32 = 1_000;
+
 #[derive(Clone)]
 pub(crate) struct Receiver {
     pub(crate) address: SocketAddr,
@@ -33,6 +36,12 @@ pub(crate) fn now() -> i64 {
 }
 
 impl Receiver {
+    /// The address of the destination of an event, in turn.
+    pub(crate) fn destination(&self, event: u32) -> SocketAddr {
+        let [.., high, low] = (event % DESTINATIONS + 1).to_be_bytes();
+        SocketAddr::from((Ipv4Addr::new(127, 1, high, low), self.address.port()))
+    }
+
     pub(crate) fn take(&self) -> Arrivals {
         std::mem::take(&mut self.arrivals.lock().unwrap_or_else(PoisonError::into_inner))
     }
@@ -58,29 +67,47 @@ impl Receiver {
         }
         Ok(Response::new(Empty::new()))
     }
+
+    async fn accept(self, listener: TcpListener) -> std::io::Result<()> {
+        loop {
+            let (stream, _) = listener.accept().await?;
+            let _ = stream.set_nodelay(true);
+            let receiver = self.clone();
+            tokio::spawn(async move {
+                let service = service_fn(move |request| receiver.clone().answer(request));
+                let _ = hyper::server::conn::http1::Builder::new()
+                    .serve_connection(TokioIo::new(stream), service)
+                    .await;
+            });
+        }
+    }
 }
 
 /// Serves on a thread of its own until the program ends.
 pub(crate) async fn start() -> anyhow::Result<Receiver> {
-    let listener = std::net::TcpListener::bind(("127.0.0.1", 0))?;
-    listener.set_nonblocking(true)?;
-    let receiver = Receiver { address: listener.local_addr()?, arrivals: Arc::default() };
+    let listen = |address| -> std::io::Result<std::net::TcpListener> {
+        let listener = std::net::TcpListener::bind(address)?;
+        listener.set_nonblocking(true)?;
+        Ok(listener)
+    };
+    let first = listen(SocketAddr::from((Ipv4Addr::LOCALHOST, 0)))?;
+    let receiver = Receiver { address: first.local_addr()?, arrivals: Arc::default() };
+    let mut listeners = vec![first];
+    for event in 0..DESTINATIONS {
+        listeners.push(listen(receiver.destination(event))?);
+    }
     let serving = receiver.clone();
     std::thread::spawn(move || -> anyhow::Result<()> {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         runtime.block_on(async {
-            let listener = TcpListener::from_std(listener)?;
-            loop {
-                let (stream, _) = listener.accept().await?;
-                let _ = stream.set_nodelay(true);
-                let receiver = serving.clone();
-                tokio::spawn(async move {
-                    let service = service_fn(move |request| receiver.clone().answer(request));
-                    let _ = hyper::server::conn::http1::Builder::new()
-                        .serve_connection(TokioIo::new(stream), service)
-                        .await;
-                });
+            let mut accepting = tokio::task::JoinSet::new();
+            for listener in listeners {
+                accepting.spawn(serving.clone().accept(TcpListener::from_std(listener)?));
             }
+            while let Some(ended) = accepting.join_next().await {
+                ended??;
+            }
+            Ok(())
         })
     });
     Ok(receiver)

@@ -21,8 +21,9 @@ enum Work {
     /// Everything is there at the start; with that many due events more for a destination that never answers. At most
     /// `cap` requests are open to one destination.
     Drain { events: u32, hanging: u32, cap: u32 },
-    /// Events come one by one.
-    Trickle { per_second: u32, seconds: u32 },
+    /// Events come one by one, for one destination or 1,000 in turn; at the start there are that many due
+    /// events for another one that never answers.
+    Trickle { per_second: u32, seconds: u32, many: bool, hanging: u32 },
     /// Nothing comes.
     Idle { seconds: u32 },
     /// That many requests are open at once, for six times as long as a lease.
@@ -43,8 +44,14 @@ pub(crate) fn all(events: u32) -> Vec<Scenario> {
     all.push(Scenario { name: "drain, 32 requests a destination".into(), workers: 1, work: alone });
     let beside = Work::Drain { events, hanging: 5 * events, cap: 32 };
     all.push(Scenario { name: "the same beside a hung destination".into(), workers: 1, work: beside });
-    let trickle = Work::Trickle { per_second: 200, seconds: 10 };
+    let trickle = Work::Trickle { per_second: 200, seconds: 10, many: false, hanging: 0 };
     all.push(Scenario { name: "200 events/s, defaults".into(), workers: 1, work: trickle });
+    for (name, hanging) in
+        [("500 events/s for 1,000 destinations", 0), ("500 events/s for 1,000 beside a hung one", 100_000)]
+    {
+        let work = Work::Trickle { per_second: 500, seconds: 30, many: true, hanging };
+        all.push(Scenario { name: name.into(), workers: 1, work });
+    }
     all.push(Scenario { name: "idle, defaults".into(), workers: 1, work: Work::Idle { seconds: 20 } });
     let open = Work::Open { requests: 10_000 };
     all.push(Scenario { name: "10,000 requests open for 60 s".into(), workers: 1, work: open });
@@ -92,7 +99,7 @@ fn leasehold(url: &str, arguments: &[&str]) -> anyhow::Result<Command> {
         .env_remove("LEASEHOLD_TEST_POSTGRES") // no setting of the program's
         .env("DATABASE_URL", url)
         .env("LEASEHOLD_SIGNING_SECRETS", "whsec_YmVuY2htYXJrIHNlY3JldCBvZiAzMiBieXRlcyEh")
-        .env("LEASEHOLD_ALLOW_DESTINATIONS", "127.0.0.0/8")
+        .env("LEASEHOLD_ALLOW_DESTINATIONS", "127.0.0.0/8,localhost")
         .env("LEASEHOLD_ALLOW_HTTP", "true")
         .env("LEASEHOLD_LOG", "warn")
         .stdout(Stdio::null())
@@ -207,10 +214,12 @@ impl Scenario {
         ensure!(migrated.success(), "migrate failed");
         let pool = PgPool::connect(&url).await?;
         let ok = format!("http://{}/ok", receiver.address);
-        if let Work::Drain { events, hanging, .. } = self.work {
+        if let Work::Drain { hanging, .. } | Work::Trickle { hanging, .. } = self.work {
             // The destination that hangs comes first.
             let ids = (0..hanging).map(|k| format!("hung_{k}")).collect();
             insert(&pool, ids, &format!("http://localhost:{}/hang", receiver.address.port())).await?;
+        }
+        if let Work::Drain { events, .. } = self.work {
             insert(&pool, (0..events).map(|k| format!("event_{k}")).collect(), &ok).await?;
             sqlx::raw_sql("analyze leasehold.outbox_events").execute(&pool).await?;
         }
@@ -225,11 +234,10 @@ impl Scenario {
         let mut workers: Vec<Child> = Vec::new();
         for _ in 0..self.workers {
             let mut worker = leasehold(&url, &["run"])?;
-            if let Work::Drain { cap, .. } = self.work {
-                worker.envs(DRAIN).env("LEASEHOLD_MAX_IN_FLIGHT_PER_DESTINATION", cap.to_string());
-                worker.env("LEASEHOLD_ALLOW_DESTINATIONS", "127.0.0.0/8,localhost");
-            }
             match self.work {
+                Work::Drain { cap, .. } => {
+                    worker.envs(DRAIN).env("LEASEHOLD_MAX_IN_FLIGHT_PER_DESTINATION", cap.to_string())
+                }
                 Work::Open { .. } => worker.envs(OPEN),
                 Work::Held { .. } => worker.envs(HELD),
                 Work::Endless { .. } => {
@@ -302,11 +310,12 @@ impl Scenario {
     async fn work(&self, pool: &PgPool, ok: &str, receiver: &Receiver) -> anyhow::Result<Arrivals> {
         let events = match self.work {
             Work::Drain { events, .. } => events,
-            Work::Trickle { per_second, seconds } => {
+            Work::Trickle { per_second, seconds, many, .. } => {
                 let start = Instant::now();
                 for k in 0..per_second * seconds {
                     sleep_until(start + Duration::from_secs(1) * k / per_second).await;
-                    insert(pool, vec![format!("event_{k}_{}", now())], ok).await?;
+                    let url = if many { format!("http://{}/ok", receiver.destination(k)) } else { ok.into() };
+                    insert(pool, vec![format!("event_{k}_{}", now())], &url).await?;
                 }
                 per_second * seconds
             }
