@@ -544,7 +544,7 @@ fn read_answers(
             others.insert(LeaseKey { row: RowId(id), token: Token(row.try_get("token")?) }, answer);
         }
     }
-    if usize::try_from(applied) != Ok(asked.len() - others.len().min(asked.len())) {
+    if usize::try_from(applied).ok() != asked.len().checked_sub(others.len()) {
         let error = format!("{} answers and {applied} applied of {}", others.len(), asked.len());
         return Err(sqlx::Error::Protocol(error));
     }
