@@ -157,7 +157,7 @@ async fn watch_held(pool: &PgPool, leases: u32, seconds: u32) -> anyhow::Result<
     Ok(())
 }
 
-/// Says how many deliveries a second came in each minute.
+/// Says how many deliveries a second came in each minute, and how large the queue is after it, with its indexes.
 async fn watch_endless(
     pool: &PgPool,
     ok: &str,
@@ -187,7 +187,9 @@ async fn watch_endless(
             sleep(Duration::from_millis(100)).await;
         }
         let rate = (delivered - before) as f64 / start.elapsed().as_secs_f64();
-        eprintln!("minute {minute}: {rate:.0} deliveries/s");
+        let size = "select pg_total_relation_size('leasehold.outbox_events')";
+        let size: i64 = sqlx::query_scalar(size).fetch_one(pool).await?;
+        eprintln!("minute {minute}: {rate:.0} deliveries/s, {} MiB", size >> 20);
     }
     other.rollback().await?;
     Ok(())
