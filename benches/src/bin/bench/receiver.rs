@@ -22,7 +22,7 @@ pub(crate) struct Arrivals {
 }
 
 /// It listens on that many addresses beside its own: so many destinations are healthy.
-pub(crate) const DESTINATIONS: u32 = 1_000;
+const DESTINATIONS: u32 = 1_000;
 
 #[derive(Clone)]
 pub(crate) struct Receiver {
