@@ -85,7 +85,7 @@ pub struct ClaimRequest {
     pub probation: u32,
     /// Per destination key, at most this many, for keys that are not in `shares`.
     pub share: u32,
-    /// Room left for destination keys of which leases are held; zero means full.
+    /// Room left for destination keys of which leases are held, in the order of the keys; zero means full.
     pub shares: Vec<(DestinationKey, u32)>,
     /// Fresh events ahead of this place are passed over; `None` starts at the beginning of the queue. Where a
     /// transaction that is left open keeps Postgres from forgetting what was claimed, that spares reading all of it each

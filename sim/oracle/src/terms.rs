@@ -51,9 +51,11 @@ impl Terms {
         ((base - swing).max(1), (base + swing).min(self.retry_max))
     }
 
-    /// How often expired leases are searched for.
-    pub fn search_interval(&self) -> u64 {
-        self.poll_interval.max(self.reclaim_grace / 2)
+    /// How seldom expired leases may be searched for, if a search takes up to `took`: so that searches take a fiftieth of
+    /// the time, but no more seldom than every `2G`.
+    pub fn search_interval(&self, took: u64) -> u64 {
+        let pause = (50 * took).min(2 * self.reclaim_grace);
+        self.poll_interval.max(self.reclaim_grace / 2).max(pause)
     }
 
     /// How seldom claims may start ahead of the front of the queue, or of the leases, if such a claim takes up to `took`:
@@ -72,13 +74,13 @@ impl Terms {
         let wait = self.retry_max.max(self.retry_after_max);
         let run_out = 2 * self.lease
             + self.reclaim_grace
-            + 2 * self.search_interval()
+            + 2 * self.search_interval(self.store_timeout)
             // Of the queue and of the leases, four times twice as far back.
             + 2 * 4 * self.rescan_interval(self.store_timeout)
             + turn;
         let deaths = u64::from(poison) * u64::from(self.reclaim_limit + 4);
         // What ran out too often is tried one at a time.
-        let alone = u64::from(events) * (self.search_interval() + turn);
+        let alone = u64::from(events) * (self.search_interval(self.store_timeout) + turn);
         2 * run_out + alone + u64::from(attempts) * (wait + rounds * turn) + deaths * (run_out + restart)
     }
 }

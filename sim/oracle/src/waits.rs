@@ -40,7 +40,8 @@ impl Oracle {
         self.stats.checked[Invariant::L2 as usize] += 1;
         let overdue = u64::try_from(self.db.at(self.now) - event.until).unwrap_or(0);
         let ran_out = self.now.saturating_sub(overdue) + terms.reclaim_grace;
-        let longest = self.terms.iter().map(|terms| terms.search_interval()).max().unwrap_or(0);
+        let longest =
+            self.terms.iter().map(|terms| terms.search_interval(self.longest_claim)).max().unwrap_or(0);
         let lease = &self.leases[event.lease as usize];
         let behind = lease.behind || self.last_loss.is_some();
         let age = self.db_highest.max(self.db.at(self.now)) - lease.token.saturating_mul(1_000);

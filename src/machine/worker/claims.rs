@@ -33,6 +33,10 @@ const LEAST_BACK: Duration = Duration::from_secs(64);
 /// and at most that long.
 const MOST_BACK: Duration = Duration::from_secs(24 * 60 * 60);
 
+/// Searches for expired leases take a fiftieth of the time at the most: each reads every lease there is. But none waits
+/// for the next one longer than `2G` for it, or the poll interval.
+const SEARCH_SHARE: u32 = 50;
+
 /// What a claim reads at least, where there is room for it.
 const LEAST_REACH: u32 = 32;
 
@@ -103,7 +107,8 @@ struct UnderWay {
     /// It searches for expired leases.
     searches: bool,
     limit: u32,
-    shares: BTreeMap<DestinationKey, u32>,
+    /// As in the request, in the order of the keys.
+    shares: Vec<(DestinationKey, u32)>,
 }
 
 /// When to claim, and whether expired leases may be among it.
@@ -249,7 +254,7 @@ impl Worker {
             self.claims.search_at = self.now.after(limits.poll_interval.max(timing.reclaim_grace() / 2));
         }
         let share = limits.max_in_flight_per_destination.saturating_mul(2);
-        let shares: BTreeMap<_, _> = self
+        let shares: Vec<_> = self
             .destinations
             .iter()
             .map(|(name, destination)| (name.clone(), share.saturating_sub(destination.held)))
@@ -289,7 +294,7 @@ impl Worker {
             incarnation: self.incarnation.clone(),
             probation: if planted!(self, ProbationTogether) { limit } else { u32::from(self.probation == 0) },
             share,
-            shares: shares.iter().map(|(name, room)| (name.clone(), *room)).collect(),
+            shares: shares.clone(),
             from,
             leases_from,
             count_pending: self.settings.until_empty && from.is_none(),
@@ -342,6 +347,10 @@ impl Worker {
             // Searches are seldom as it is: as long as that is cheap, each looks at every lease.
             self.claims.leases.rescanned(self.now, took, failed, Duration::ZERO);
             self.claims.leases.adjust(too_far, failed);
+        }
+        if under_way.searches && reply.as_ref().is_ok_and(|reply| reply.searched_expired) {
+            let pause = (took * SEARCH_SHARE).min(self.timing().reclaim_grace() * 2);
+            self.claims.search_at = self.claims.search_at.max(under_way.sent.after(pause));
         }
         match reply {
             Ok(reply) => self.take(&under_way, reply),
@@ -419,9 +428,12 @@ impl Worker {
         for &(row, why) in &reply.failed {
             self.observe(Observation::FailedByClaim { row, why });
         }
-        let summary = CycleSummary { failed_by_claim: reply.failed.len() as u32, ..CycleSummary::default() };
-        let cycle = Cycle { sent: under_way.sent, outstanding: 0, summary };
-        self.cycles.insert(under_way.request, cycle);
+        if found > 0 {
+            let summary =
+                CycleSummary { failed_by_claim: reply.failed.len() as u32, ..CycleSummary::default() };
+            let cycle = Cycle { sent: under_way.sent, outstanding: 0, summary };
+            self.cycles.insert(under_way.request, cycle);
+        }
         let mut granted: BTreeMap<DestinationKey, u32> = BTreeMap::new();
         for grant in reply.grants {
             *granted.entry(grant.destination.clone()).or_default() += 1;
@@ -429,10 +441,8 @@ impl Worker {
         }
         let limited = self.note_hunger(under_way, &granted) && !self.claims.backlog;
         self.claims.reach = if limited { found.saturating_mul(2).max(LEAST_REACH) } else { u32::MAX };
-        match self.cycles.get(&under_way.request) {
-            Some(cycle) if cycle.outstanding == 0 && found > 0 => self.end_cycle(under_way.request),
-            Some(cycle) if cycle.outstanding == 0 => drop(self.cycles.remove(&under_way.request)),
-            _ => {}
+        if self.cycles.get(&under_way.request).is_some_and(|cycle| cycle.outstanding == 0) {
+            self.end_cycle(under_way.request);
         }
         if reply.any_pending == Some(false) && self.leases.is_empty() {
             self.shutdown();
@@ -509,7 +519,8 @@ impl Worker {
         let mut any = false;
         let cap = self.settings.limits().max_in_flight_per_destination;
         for (name, destination) in &mut self.destinations {
-            let room = under_way.shares.get(name).copied().unwrap_or(cap.saturating_mul(2));
+            let share = under_way.shares.binary_search_by(|(other, _)| other.cmp(name));
+            let room = share.map_or(cap.saturating_mul(2), |at| under_way.shares[at].1);
             destination.hungry = granted.get(name).copied().unwrap_or(0) >= room;
             self.claims.refill |= destination.hungry && destination.held <= cap;
             any |= destination.hungry;

@@ -200,9 +200,10 @@ fn a_search_looks_at_every_lease_while_that_takes_a_tenth_of_the_time_and_else_s
     for _ in 0..5 {
         assert_eq!(search(&mut bed, interval / 12).leases_from, None);
     }
-    assert_eq!(search(&mut bed, interval / 2).leases_from, None);
-    let mut last = bed.db().early.before(interval / 2);
-    for number in 1..=5 {
+    // The next one that looks at every lease begins ten seconds after it, and the next search in five.
+    assert_eq!(search(&mut bed, SECOND).leases_from, None);
+    let mut last = bed.db().early.before(SECOND);
+    for number in 1..=4 {
         assert_eq!(
             search(&mut bed, Duration::ZERO).leases_from,
             Some(Token::of(last.before(SECOND))),
@@ -211,6 +212,21 @@ fn a_search_looks_at_every_lease_while_that_takes_a_tenth_of_the_time_and_else_s
         last = bed.db().early;
     }
     assert_eq!(search(&mut bed, Duration::ZERO).leases_from, None);
+}
+
+#[test]
+fn searches_take_a_fiftieth_of_the_time_but_are_never_more_than_twice_the_grace_apart() {
+    let mut bed = Bed::new(settings());
+    search(&mut bed, Duration::ZERO);
+    let mut took = Duration::ZERO;
+    for (takes, pause) in
+        [(30, 1_500), (40, 1_500), (119, 2_000), (121, 5_950), (4_000, 6_000), (0, 6_000), (0, 1_500)]
+    {
+        let began = bed.now.before(took);
+        took = takes * MS;
+        search(&mut bed, took);
+        assert_eq!(bed.now.before(took).since(began), pause * MS, "before the one that takes {took:?}");
+    }
 }
 
 #[test]
