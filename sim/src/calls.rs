@@ -30,13 +30,24 @@ impl World<'_> {
         let slot = self.processes[worker as usize].slot;
         let copy = self.net.rarely(self.weather.duplicate) && matches!(lane, Lane::Renew | Lane::Settle);
         let copy = copy.then(|| ask.clone());
-        self.statements.push(Some(Box::new(Statement::new(call, worker, ask))));
+        self.add_statement(call, worker, ask);
         self.time_out_after(self.schedule.slots[slot].settings, call);
         self.send_statement(slot, statement);
         if let Some(ask) = copy {
-            self.statements.push(Some(Box::new(Statement::new(call, worker, ask))));
+            self.add_statement(call, worker, ask);
             self.send_statement(slot, statement + 1);
         }
+    }
+
+    fn add_statement(&mut self, call: u32, worker: u32, ask: Ask) {
+        let statement = match self.spare.pop() {
+            Some(mut statement) => {
+                statement.replace(call, worker, ask);
+                statement
+            }
+            None => Box::new(Statement::new(call, worker, ask)),
+        };
+        self.statements.push(Some(statement));
     }
 
     fn send_statement(&mut self, slot: usize, statement: u32) {
@@ -142,6 +153,7 @@ impl World<'_> {
         }
         let reply = self.store.commit(&statement, self.now, &mut self.facts);
         let next = self.store.finish(id, &statement);
+        self.spare.push(statement);
         self.emit_store_facts();
         self.go_on(next);
         if !self.chance.rarely(self.weather.lost_reply) {

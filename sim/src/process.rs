@@ -58,6 +58,8 @@ pub(crate) struct Process {
     pub(crate) draining: bool,
     /// What waits for the process to go on.
     pub(crate) inbox: VecDeque<Item>,
+    /// When the machine wants to be woken, by the worker's clock.
+    due: Option<Moment>,
     wake_number: u32,
     wake_at: u64,
     inputs: u32,
@@ -93,6 +95,7 @@ impl World<'_> {
             dead: false,
             draining: false,
             inbox: VecDeque::new(),
+            due: None,
             wake_number: 0,
             wake_at: u64::MAX,
             inputs: 0,
@@ -303,6 +306,7 @@ impl World<'_> {
         if process.machine.ended().is_some() {
             return self.crash(worker, Down::Ended);
         }
+        process.due = process.machine.next_wakeup();
         self.rearm(worker);
     }
 
@@ -358,7 +362,7 @@ impl World<'_> {
         if process.dead || process.stops > 0 {
             return;
         }
-        if let Some(moment) = process.machine.next_wakeup() {
+        if let Some(moment) = process.due {
             self.arm(worker, moment);
         }
     }
@@ -394,7 +398,7 @@ impl World<'_> {
         if process.stops > 0 {
             return process.inbox.push_back(Item::Wake);
         }
-        match process.machine.next_wakeup() {
+        match process.due {
             Some(due) if due > local => self.arm(worker, due),
             _ => self.input(worker, Input::Wake),
         }

@@ -96,4 +96,19 @@ impl Statement {
             pending: 0,
         }
     }
+
+    /// Another one in its place, with the room that its lists have.
+    pub(crate) fn replace(&mut self, call: u32, worker: u32, ask: Ask) {
+        *self = Self {
+            rows: cleared(&mut self.rows),
+            candidates: cleared(&mut self.candidates),
+            picked: cleared(&mut self.picked),
+            ..Self::new(call, worker, ask)
+        };
+    }
+}
+
+fn cleared<T>(list: &mut Vec<T>) -> Vec<T> {
+    list.clear();
+    std::mem::take(list)
 }

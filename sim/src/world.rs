@@ -1,7 +1,6 @@
 //! The world of the event-heap tier: workers, store, destinations and faults, in simulated microseconds.
 
-use std::cmp::Ordering;
-use std::collections::{BinaryHeap, VecDeque};
+use std::collections::VecDeque;
 
 use leasehold::machine::WorkerSettings;
 use sim_oracle::{Checks, Fact, Invariant, Lane, Oracle, Setup, Stats, Violation};
@@ -110,32 +109,12 @@ pub(crate) enum Happening {
     Healed,
 }
 
-/// A happening at its time; the heap's greatest is the one that is due first.
+/// A happening at its time.
 #[derive(Clone, Copy, Debug)]
 struct Due {
     /// The time, then the seed's order of equal times.
     order: u128,
     happening: Happening,
-}
-
-impl PartialEq for Due {
-    fn eq(&self, other: &Self) -> bool {
-        self.order == other.order
-    }
-}
-
-impl Eq for Due {}
-
-impl PartialOrd for Due {
-    fn partial_cmp(&self, other: &Self) -> Option<Ordering> {
-        Some(self.cmp(other))
-    }
-}
-
-impl Ord for Due {
-    fn cmp(&self, other: &Self) -> Ordering {
-        other.order.cmp(&self.order)
-    }
 }
 
 /// One store call, as its client and the network know it.
@@ -183,7 +162,9 @@ pub struct World<'a> {
     pub(crate) net: Rng,
     pub(crate) pace: Rng,
     pub(crate) chance: Rng,
-    heap: BinaryHeap<Due>,
+    /// What is to happen, the first last: most of what is added happens soon, so that it finds its place near the end,
+    /// in less time than in a heap.
+    agenda: Vec<Due>,
     /// Time-outs of calls, in order for each of the schedule's settings: most never happen.
     timeouts: Vec<VecDeque<(u64, u32)>>,
     pub(crate) worker_settings: Vec<WorkerSettings>,
@@ -192,6 +173,9 @@ pub struct World<'a> {
     pub(crate) processes: Vec<Process>,
     pub(crate) calls: Vec<Call>,
     pub(crate) statements: Vec<Option<Box<Statement>>>,
+    /// Places of statements that are over.
+    #[allow(clippy::vec_box, reason = "the boxes are what is kept")]
+    pub(crate) spare: Vec<Box<Statement>>,
     pub(crate) requests: Vec<Request>,
     pub(crate) manners: Vec<Option<Manner>>,
     pub(crate) kills: Vec<u32>,
@@ -242,7 +226,7 @@ impl<'a> World<'a> {
             net: Rng::new(schedule.seed, "net"),
             pace: Rng::new(schedule.seed, "pace"),
             chance: Rng::new(schedule.seed, "chance"),
-            heap: BinaryHeap::with_capacity(256),
+            agenda: Vec::with_capacity(256),
             timeouts: vec![VecDeque::new(); schedule.settings.len()],
             worker_settings,
             store: Store::new(EPOCH, destinations, forgets_until.is_some(), options.bug),
@@ -250,6 +234,7 @@ impl<'a> World<'a> {
             processes: Vec::with_capacity(16),
             calls: Vec::with_capacity(512),
             statements: Vec::with_capacity(512),
+            spare: Vec::new(),
             requests: Vec::with_capacity(256),
             manners: vec![None; destinations],
             kills: schedule.events.iter().map(|event| event.kills).collect(),
@@ -283,7 +268,8 @@ impl<'a> World<'a> {
         self.seq += 1;
         let tie = (self.ties.bits() & 0xffff_ffff_0000_0000) | u64::from(self.seq);
         let order = u128::from(time.max(self.now)) << 64 | u128::from(tie);
-        self.heap.push(Due { order, happening });
+        let place = self.agenda.iter().rposition(|due| due.order > order).map_or(0, |later| later + 1);
+        self.agenda.insert(place, Due { order, happening });
     }
 
     pub(crate) fn after(&mut self, delay: u64, happening: Happening) {
@@ -366,25 +352,23 @@ impl<'a> World<'a> {
 
     /// Whatever is due first; a time-out before anything else of the same time.
     fn next(&mut self) -> Option<(u64, Happening)> {
-        let mut first: Option<(u64, usize)> = None;
+        let mut first = self.agenda.last().map_or(u64::MAX, |due| (due.order >> 64) as u64);
+        let mut timed_out = None;
         for (settings, queue) in self.timeouts.iter_mut().enumerate() {
-            while queue.front().is_some_and(|(_, call)| self.calls[*call as usize].done) {
+            while let Some(&(at, call)) = queue.front().filter(|(at, _)| *at <= first) {
+                if !self.calls[call as usize].done {
+                    if timed_out.is_none() || at < first {
+                        (first, timed_out) = (at, Some(settings));
+                    }
+                    break;
+                }
                 queue.pop_front();
             }
-            if let Some((at, _)) = queue.front()
-                && first.is_none_or(|(other, _)| *at < other)
-            {
-                first = Some((*at, settings));
-            }
         }
-        let due = self.heap.peek().map_or(u64::MAX, |due| (due.order >> 64) as u64);
-        if let Some((at, settings)) = first
-            && at <= due
-            && let Some((_, call)) = self.timeouts[settings].pop_front()
-        {
+        if let Some((at, call)) = timed_out.and_then(|settings| self.timeouts[settings].pop_front()) {
             return Some((at, Happening::Driver(self.calls[call as usize].worker, Item::TimedOut(call))));
         }
-        self.heap.pop().map(|due| ((due.order >> 64) as u64, due.happening))
+        self.agenda.pop().map(|due| (first, due.happening))
     }
 
     fn happen(&mut self, happening: Happening) {
