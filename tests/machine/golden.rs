@@ -24,6 +24,10 @@ fn states() -> Vec<(&'static str, Row)> {
         ("leased by a, expired", Row { lease: leased("a", -3), ..base.clone() }),
         ("leased by a, expired, attempts spent", Row { lease: leased("a", -3), attempts: 3, ..base.clone() }),
         ("leased by a, expired, reclaims spent", Row { lease: leased("a", -3), reclaims: 4, ..base.clone() }),
+        (
+            "leased by a, expired, one reclaim left",
+            Row { lease: leased("a", -3), reclaims: 3, ..base.clone() },
+        ),
         ("leased by b, live", Row { lease: leased("b", 10), ..base.clone() }),
         ("delivered", Row { status: Status::Delivered, delivered_at: Some(at(-5)), ..base.clone() }),
         ("failed", Row { status: Status::Failed, ..base }),

@@ -17,6 +17,7 @@ fn defaults_come_from_the_lease() {
     assert_eq!(thirty.store_timeout(), 5 * SECOND);
     assert_eq!(thirty.fence_margin(), 3 * SECOND);
     assert_eq!(thirty.reclaim_grace(), 3 * SECOND);
+    assert_eq!(timing(6 * SECOND).store_timeout(), SECOND);
     assert_eq!(timing(120 * SECOND).store_timeout(), 5 * SECOND, "at most 5 s");
 }
 
@@ -86,10 +87,23 @@ fn what_stands_on_a_bound_is_accepted() {
     assert!(Timing::parse(raw(Duration::from_secs(86_400))).is_ok());
     let grace = RawTiming { reclaim_grace: Some(30 * SECOND), ..raw(30 * SECOND) };
     assert!(Timing::parse(grace).is_ok());
+    let least = RawTiming {
+        heartbeat: Some(100 * MS),
+        store_timeout: Some(MS),
+        fence_margin: Some(MS),
+        ..raw(SECOND)
+    };
+    assert!(Timing::parse(least).is_ok());
     let parse = |limits| WorkerSettings::parse(timing(30 * SECOND), limits, retry(), 0);
     assert!(parse(Limits { max_leased: 1_000_000, ..limits() }).is_ok());
     // Longer than twice `R`, which is 5 s.
     assert!(parse(Limits { drain_timeout: 10 * SECOND + MS, ..limits() }).is_ok());
     let errors = parse(Limits { drain_timeout: 10 * SECOND, ..limits() }).expect_err("not longer");
     assert_eq!(errors.iter().map(|error| error.setting()).collect::<Vec<_>>(), ["drain_timeout"]);
+    let parse = |retry| WorkerSettings::parse(timing(30 * SECOND), limits(), retry, 0);
+    let ten_years = Duration::from_secs(10 * 365 * 86_400);
+    let most = RetryPolicy { jitter_bps: 10_000, max: ten_years, retry_after_max: Duration::ZERO, ..retry() };
+    assert!(parse(most.clone()).is_ok());
+    let errors = parse(RetryPolicy { max: ten_years + MS, ..most }).expect_err("too long");
+    assert_eq!(errors.iter().map(|error| error.setting()).collect::<Vec<_>>(), ["retry_max"]);
 }

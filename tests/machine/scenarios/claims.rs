@@ -157,20 +157,26 @@ fn what_falls_due_before_the_next_poll_is_claimed_then() {
         let mut bed = Bed::new(settings());
         bed.run(3_100 * MS);
         let request = next_claim(&mut bed);
-        let reply = ClaimReply {
-            db_now: bed.db().late,
-            incarnation: Incarnation::new("1"),
-            searched_expired: false,
-            grants: Vec::new(),
-            failed: Vec::new(),
-            front: None,
-            leases_front: None,
-            next_due_in: Some(due),
-            any_pending: None,
-        };
         let start = bed.now;
-        bed.give(Input::Claimed { request, reply: Ok(reply) });
+        bed.give(Input::Claimed { request, reply: Ok(empty(bed.db().late, Some(due))) });
         next_claim(&mut bed);
+        assert_eq!(bed.now.since(start), wait, "due in {due:?}");
+    }
+}
+
+#[test]
+fn a_claim_that_found_something_and_left_something_due_is_followed_by_another_at_once() {
+    for (due, wait) in [(Some(Duration::ZERO), Duration::ZERO), (None, MS)] {
+        let mut bed = Bed::new(settings());
+        bed.run(3_100 * MS);
+        let request = next_claim(&mut bed);
+        let start = bed.now;
+        let failed = vec![(RowId(9), ClaimFailure::AttemptsSpent)];
+        let reply = ClaimReply { failed, ..empty(bed.db().late, due) };
+        bed.give(Input::Claimed { request, reply: Ok(reply) });
+        if bed.pending.is_empty() {
+            next_claim(&mut bed);
+        }
         assert_eq!(bed.now.since(start), wait, "due in {due:?}");
     }
 }

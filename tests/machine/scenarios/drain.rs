@@ -25,6 +25,9 @@ fn a_drain_releases_the_queue_and_finishes_what_is_open() {
     bed.answer_all();
     assert_eq!(bed.worker.leased(), open.len(), "the queue was released");
     assert!((1..=4).all(|id| bed.row(id).attempts == 0));
+    let drained =
+        |seen: &&Observation| matches!(seen, Observation::HeartbeatEnded { why: HeartbeatEnd::Drained, .. });
+    assert_eq!(bed.seen.iter().filter(drained).count(), 4 - open.len());
     for key in open {
         bed.respond(key, 200);
     }
@@ -32,6 +35,25 @@ fn a_drain_releases_the_queue_and_finishes_what_is_open() {
     let ended = bed.worker.ended().expect("drained");
     assert_eq!((ended.aborted, ended.unsettled), (0, 0));
     assert!(bed.worker.next_wakeup().is_none());
+}
+
+#[test]
+fn what_is_granted_during_a_drain_is_given_back_at_once() {
+    let mut bed = Bed::new(settings());
+    bed.add(1, "http://a");
+    bed.wake();
+    let claim = bed.pending.remove(0);
+    bed.give(Input::Shutdown);
+    bed.answer(claim);
+    bed.answer_all();
+    assert!(bed.opened().is_empty());
+    assert!(bed.row(1).lease.is_none());
+    assert!(
+        bed.seen
+            .iter()
+            .any(|seen| { matches!(seen, Observation::HeartbeatEnded { why: HeartbeatEnd::Drained, .. }) })
+    );
+    assert!(bed.worker.ended().is_some());
 }
 
 #[test]

@@ -80,10 +80,14 @@ fn a_database_clock_that_ran_ahead_fences_everything() {
 
 #[test]
 fn a_clock_step_within_the_margin_changes_nothing() {
-    let (mut bed, key) = one_open();
-    bed.db_ahead = 2 * SECOND;
-    bed.run(20 * SECOND);
-    assert_eq!(bed.opened(), [key]);
+    let margin = settings().timing().fence_margin();
+    for (step, kept) in [(margin, true), (margin + Duration::from_micros(1), false)] {
+        let (mut bed, key) = one_open();
+        bed.db_ahead = step;
+        bed.run(20 * SECOND);
+        let fenced = bed.seen.contains(&Observation::Fenced { key, open: true });
+        assert_eq!(!fenced, kept, "a step of {step:?}");
+    }
 }
 
 #[test]

@@ -74,6 +74,17 @@ fn a_scan_that_takes_long_makes_the_next_start_a_minute_ago_and_then_ever_farthe
     assert_eq!(ages_within(&mut bed, 7 * SECOND)[..2], [Some(128), Some(256)]);
 }
 
+#[test]
+fn a_scan_that_takes_a_quarter_of_the_timeout_is_no_long_one() {
+    for (took, next) in [(1_250 * MS, None), (1_251 * MS, Some(64))] {
+        let mut bed = Bed::new(settings());
+        bed.wake();
+        bed.pass(took);
+        bed.answer_all();
+        assert_eq!(ages_within(&mut bed, 15 * SECOND)[0], next, "after {took:?}");
+    }
+}
+
 /// The next claim from ahead of the front has no answer for 4 s.
 fn fail_slowly(bed: &mut Bed) {
     let request = loop {
@@ -90,32 +101,39 @@ fn fail_slowly(bed: &mut Bed) {
     bed.answer_all();
 }
 
+/// How many seconds ahead of the front the first claims start that do, where those from the front take `near` and those
+/// from ahead of it `far`.
+fn ages_of(poll_interval: Duration, near: Duration, far: Duration) -> Vec<Option<u64>> {
+    let limits = Limits { poll_interval, ..limits() };
+    let settings = WorkerSettings::parse(timing(30 * SECOND), limits, retry(), 7).expect("sound settings");
+    let mut bed = Bed::new(settings);
+    let mut ages = Vec::new();
+    while ages.len() < 5 {
+        if bed.pending.is_empty() {
+            bed.now = bed.now.max(bed.worker.next_wakeup().expect("it polls"));
+            bed.wake();
+            continue;
+        }
+        let action = bed.pending.remove(0);
+        if let Action::Claim(_, claim) = &action {
+            let age = claim.from.map(|from| bed.db().early.since(from.due).as_secs());
+            let ahead = age.is_none_or(|age| age > 10);
+            ages.extend(ahead.then_some(age));
+            bed.now = bed.now.after(if ahead { far } else { near });
+        }
+        bed.answer(action);
+    }
+    ages
+}
+
 #[test]
 fn a_store_that_is_slow_in_itself_keeps_no_claim_from_the_beginning() {
-    // With the longer interval every claim starts ahead of the front.
-    for poll_interval in [250 * MS, 60 * SECOND] {
-        let limits = Limits { poll_interval, ..limits() };
-        let settings =
-            WorkerSettings::parse(timing(30 * SECOND), limits, retry(), 7).expect("sound settings");
-        let mut bed = Bed::new(settings);
-        let mut ages = Vec::new();
-        for _ in 0..400 {
-            if bed.pending.is_empty() {
-                bed.now = bed.now.max(bed.worker.next_wakeup().expect("it polls"));
-                bed.wake();
-                continue;
-            }
-            let action = bed.pending.remove(0);
-            if let Action::Claim(_, claim) = &action {
-                ages.push(claim.from.map(|from| bed.db().early.since(from.due).as_secs()));
-                bed.now = bed.now.after(1_500 * MS);
-            }
-            bed.answer(action);
-        }
-        ages.retain(|age| *age > Some(10) || age.is_none());
-        assert!(ages[0].is_none() && ages[1] == Some(64), "{ages:?}");
-        assert!(ages[2..].contains(&None), "{ages:?}");
-    }
+    let slow = 1_500 * MS;
+    assert_eq!(ages_of(250 * MS, slow, slow), [None, Some(64), Some(128), Some(256), Some(512)]);
+    // Every claim starts ahead of the front: the first one that does so by a minute shows what is usual.
+    assert_eq!(ages_of(60 * SECOND, slow, slow), [None, Some(64), Some(64), Some(128), Some(256)]);
+    // Not slow in itself.
+    assert_eq!(ages_of(250 * MS, Duration::ZERO, slow), [None, Some(64), Some(64), Some(64), Some(64)]);
 }
 
 /// A minute ahead of the front at least.

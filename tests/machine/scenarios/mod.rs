@@ -3,10 +3,10 @@
 use std::time::Duration;
 
 use leasehold::machine::{
-    Action, Answer, AttemptResult, ClaimAnswer, ClaimFailure, ClaimReply, ClaimRequest, ClaimTerms,
-    EmbargoCause, HeartbeatEnd, Incarnation, Input, LeaseKey, Limits, Observation, Place, RenewReply,
-    RequestId, RetryAfter, RetryPolicy, RowId, SettleKind, SettleReply, Status, StoreFault, Token, WorkerId,
-    WorkerSettings,
+    Action, Answer, AttemptResult, ClaimAnswer, ClaimFailure, ClaimReply, ClaimRequest, ClaimTerms, DbTime,
+    EmbargoCause, HeartbeatEnd, Incarnation, Input, LeaseKey, Limits, Observation, Place, RawTiming,
+    RenewReply, RequestId, RetryAfter, RetryPolicy, RowId, SettleKind, SettleReply, Status, StoreFault,
+    Timing, Token, WorkerId, WorkerSettings,
 };
 
 use crate::bed::{Bed, MS, SECOND, aborts, limits, retry, settings, timing};
@@ -44,6 +44,21 @@ fn next_claim(bed: &mut Bed) -> RequestId {
             return Bed::request_of(&claim);
         }
         bed.answer_all();
+    }
+}
+
+/// The reply to a claim that took nothing.
+fn empty(db_now: DbTime, next_due_in: Option<Duration>) -> ClaimReply {
+    ClaimReply {
+        db_now,
+        incarnation: Incarnation::new("1"),
+        searched_expired: false,
+        grants: Vec::new(),
+        failed: Vec::new(),
+        front: None,
+        leases_front: None,
+        next_due_in,
+        any_pending: None,
     }
 }
 

@@ -50,6 +50,30 @@ fn no_claim_goes_before_settles_that_failed() {
 }
 
 #[test]
+fn a_settle_that_fails_is_repeated_ever_later_up_to_a_quarter_of_the_timeout() {
+    let (mut bed, key) = one_open();
+    bed.respond(key, 200);
+    let mut waits = Vec::new();
+    let mut failed_at = bed.now;
+    while waits.len() < 11 {
+        bed.now = bed.now.max(bed.worker.next_wakeup().unwrap_or(bed.now));
+        bed.wake();
+        while !bed.pending.is_empty() {
+            let action = bed.pending.remove(0);
+            if let Action::Settle(request, _) = action {
+                waits.push(bed.now.since(failed_at).as_millis());
+                failed_at = bed.now;
+                let reply = Err(StoreFault::NotApplied { error: "down".into() });
+                bed.give(Input::Settled { request, reply });
+            } else {
+                bed.answer(action);
+            }
+        }
+    }
+    assert_eq!(waits[1..], [10, 20, 40, 80, 160, 320, 640, 1_250, 1_250, 1_250]);
+}
+
+#[test]
 fn one_bad_outcome_is_isolated_and_given_up() {
     let mut bed = Bed::new(settings());
     for id in 1..=4 {
@@ -175,6 +199,31 @@ fn a_cycle_counts_what_became_of_each_of_its_events() {
     assert_eq!((cycle.claimed, cycle.reclaimed, cycle.failed_by_claim), (7, 0, 0));
     assert_eq!((cycle.delivered, cycle.retried, cycle.failed), (3, 2, 2));
     assert_eq!((cycle.released, cycle.lost), (0, 0));
+}
+
+#[test]
+fn a_cycle_counts_what_was_reclaimed_lost_and_released() {
+    let mut bed = Bed::new(settings());
+    for (id, destination) in [(1, "http://a"), (2, "http://b"), (3, "http://b"), (4, "http://b")] {
+        bed.add(id, destination);
+        let db = bed.db();
+        bed.row_mut(id).claim(db, &WorkerId::new("dies"), &TERMS);
+    }
+    bed.run(5 * SECOND);
+    let keys = bed.opened();
+    assert_eq!(keys.iter().map(|key| key.row.0).collect::<Vec<_>>(), [1, 2, 3]);
+    bed.row_mut(1).token.0 += 1;
+    bed.run(8 * SECOND);
+    bed.confirm_abort(keys[0]);
+    bed.give(Input::Shutdown);
+    for key in &keys[1..] {
+        bed.respond(*key, 200);
+    }
+    bed.answer_all();
+    let cycles: Vec<_> = bed.seen.iter().filter(|seen| matches!(seen, Observation::Cycle(_))).collect();
+    let [Observation::Cycle(cycle)] = cycles[..] else { panic!("one cycle: {cycles:?}") };
+    assert_eq!((cycle.claimed, cycle.reclaimed, cycle.delivered), (4, 4, 2));
+    assert_eq!((cycle.released, cycle.lost), (1, 1));
 }
 
 #[test]

@@ -113,6 +113,23 @@ fn a_claim_that_came_void_is_made_again_at_once() {
 }
 
 #[test]
+fn a_claim_that_begins_as_late_as_it_is_valid_is_not_void() {
+    for (beyond, again) in [(Duration::ZERO, false), (Duration::from_micros(1), true)] {
+        let mut bed = Bed::new(settings());
+        bed.run(3 * SECOND);
+        let claim = next_claim_lost(&mut bed);
+        let Action::Claim(request, ClaimRequest { terms: ClaimTerms { valid_until: Some(until), .. }, .. }) =
+            claim
+        else {
+            panic!("it knows the clock: {claim:?}")
+        };
+        bed.give(Input::Claimed { request, reply: Ok(empty(until.after(beyond), None)) });
+        let claims = bed.pending.iter().filter(|action| matches!(action, Action::Claim(..))).count();
+        assert_eq!(claims == 1, again, "{beyond:?} beyond");
+    }
+}
+
+#[test]
 fn while_a_look_fails_nothing_is_claimed() {
     let mut bed = Bed::new(settings());
     let request = next_claim(&mut bed);
@@ -128,5 +145,42 @@ fn while_a_look_fails_nothing_is_claimed() {
         };
         bed.pending.clear();
         actions = bed.give(Input::Owned { request: look, reply: Err(unknown()) });
+    }
+}
+
+#[test]
+fn looks_for_what_an_unknown_claim_left_come_while_it_can_be_given_back_and_once_it_may_no_longer_begin() {
+    let seconds = |at: f64| Duration::from_secs_f64(at);
+    for (grace, looks) in [
+        // At once, after `R`, four and two tries before its leases may run out, after `L`.
+        (3.0, vec![0.0, 5.0, 7.0, 17.0, 30.0]),
+        (12.5, vec![0.0, 5.0, 7.0, 17.0, 30.0]),
+        // And after `2G + R`.
+        (13.0, vec![0.0, 5.0, 7.0, 17.0, 30.0, 31.0]),
+    ] {
+        let raw = RawTiming {
+            lease: 30 * SECOND,
+            heartbeat: None,
+            store_timeout: None,
+            fence_margin: None,
+            reclaim_grace: Some(seconds(grace)),
+        };
+        let timing = Timing::parse(raw).expect("sound timing");
+        let settings = WorkerSettings::parse(timing, limits(), retry(), 7).expect("sound settings");
+        let mut bed = Bed::new(settings);
+        bed.run(SECOND);
+        let request = next_claim(&mut bed);
+        let start = bed.now;
+        bed.give(Input::Claimed { request, reply: Err(unknown()) });
+        let mut seen = Vec::new();
+        while bed.now.since(start) < 60 * SECOND {
+            if bed.pending.iter().any(|action| matches!(action, Action::Owned(..))) {
+                seen.push(bed.now.since(start));
+            }
+            bed.answer_all();
+            bed.now = bed.now.max(bed.worker.next_wakeup().expect("it polls"));
+            bed.wake();
+        }
+        assert_eq!(seen, looks.into_iter().map(seconds).collect::<Vec<_>>(), "G = {grace} s");
     }
 }
