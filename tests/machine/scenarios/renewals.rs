@@ -99,9 +99,9 @@ fn starts(actions: &[Action]) -> usize {
 
 #[test]
 fn nothing_starts_while_a_renewal_is_overdue() {
-    let (mut bed, key) = unrenewed_for(14_900 * MS);
-    assert_eq!(starts(&bed.respond(key, 200)), 1, "H + R have not passed yet");
-    let (mut bed, key) = unrenewed_for(15_100 * MS);
+    let (mut bed, key) = unrenewed_for(14_999 * MS);
+    assert_eq!(starts(&bed.respond(key, 200)), 1, "no more than H + R have passed");
+    let (mut bed, key) = unrenewed_for(15_000 * MS);
     assert_eq!(starts(&bed.respond(key, 200)), 0);
     bed.answer_all();
     assert_eq!(bed.opened().len(), 2, "the queued event starts once renewals are answered");
