@@ -102,16 +102,10 @@ impl Worker {
     }
 
     pub(super) fn renewed(&mut self, request: RequestId, reply: Result<RenewReply, StoreFault>) {
-        let (under_way, alone) = match (&mut self.renewals.batch, &mut self.renewals.alone) {
-            (slot @ Some(UnderWay { .. }), _) if slot.as_ref().is_some_and(|way| way.request == request) => {
-                (slot.take(), false)
-            }
-            (_, slot @ Some(UnderWay { .. })) if slot.as_ref().is_some_and(|way| way.request == request) => {
-                (slot.take(), true)
-            }
-            _ => (None, false),
-        };
-        let Some(UnderWay { sent, keys, .. }) = under_way else {
+        let asked = |way: &mut UnderWay| way.request == request;
+        let batch = self.renewals.batch.take_if(asked);
+        let alone = batch.is_none();
+        let Some(UnderWay { sent, keys, .. }) = batch.or_else(|| self.renewals.alone.take_if(asked)) else {
             return self
                 .observe(Observation::Unexpected { what: "a reply to a renewal that is not under way" });
         };

@@ -17,6 +17,27 @@ fn a_destination_gets_no_more_than_its_share() {
 }
 
 #[test]
+fn events_of_a_destination_are_sent_in_the_order_in_which_they_were_claimed() {
+    let mut bed = Bed::new(settings());
+    for id in [5, 6, 8] {
+        bed.add(id, "http://a");
+    }
+    bed.run(MS);
+    bed.add(1, "http://a");
+    bed.run(2 * SECOND);
+    assert_eq!(bed.worker.leased(), 4);
+    let mut sent = Vec::new();
+    while let Some(key) = bed.opened().first().copied() {
+        sent.extend(
+            bed.opened().iter().map(|key| key.row.0).filter(|id| !sent.contains(id)).collect::<Vec<_>>(),
+        );
+        bed.respond(key, 200);
+        bed.answer_all();
+    }
+    assert_eq!(sent, [5, 6, 8, 1]);
+}
+
+#[test]
 fn a_refill_does_not_wait_for_the_next_poll() {
     let mut bed = Bed::new(settings());
     for id in 1..=20 {

@@ -67,6 +67,19 @@ fn an_outcome_that_crosses_its_abort_is_kept() {
 }
 
 #[test]
+fn an_outcome_that_crosses_the_abort_of_a_lost_lease_is_counted_and_settles_nothing() {
+    let (mut bed, key) = one_open();
+    bed.row_mut(1).token.0 += 1;
+    bed.run(8 * SECOND);
+    assert!(bed.seen.contains(&Observation::HeartbeatEnded { key, why: HeartbeatEnd::Lost }));
+    bed.pending.clear();
+    bed.respond(key, 200);
+    assert!(bed.seen.contains(&Observation::SettleRefused { key, kind: SettleKind::Delivered }));
+    assert!(!bed.pending.iter().any(|action| matches!(action, Action::Settle(..))));
+    assert_eq!(bed.worker.leased(), 0);
+}
+
+#[test]
 fn a_database_clock_that_ran_ahead_fences_everything() {
     let (mut bed, key) = one_open();
     bed.db_ahead = 4 * SECOND;

@@ -24,6 +24,35 @@ fn impossible_inputs_are_refused_and_change_nothing() {
 }
 
 #[test]
+fn a_reply_to_something_else_leaves_what_is_under_way() {
+    let (mut bed, key) = one_open();
+    let request = RequestId(4_711);
+    let is_alone = |action: &Action| matches!(action, Action::Renew(_, renew) if renew.wait);
+    let is_batch = |action: &Action| matches!(action, Action::Renew(_, renew) if !renew.wait);
+    for awaited in [is_batch as fn(&Action) -> bool, is_alone] {
+        while !bed.pending.iter().any(awaited) {
+            bed.now = bed.now.max(bed.worker.next_wakeup().expect("it renews"));
+            bed.wake();
+            while let Some(at) = bed.pending.iter().position(|action| !awaited(action)) {
+                let action = bed.pending.remove(at);
+                if let Action::Renew(request, _) = action {
+                    let reply = RenewReply { db_now: bed.db().late, answers: vec![(key, Answer::Skipped)] };
+                    bed.give(Input::Renewed { request, reply: Ok(reply) });
+                } else {
+                    bed.answer(action);
+                }
+            }
+        }
+        bed.seen.clear();
+        bed.give(Input::Renewed { request, reply: Err(unknown()) });
+        assert!(matches!(bed.seen[..], [Observation::Unexpected { .. }]), "{:?}", bed.seen);
+        bed.seen.clear();
+        bed.answer_all();
+        assert_eq!(bed.seen, [], "what was under way still is");
+    }
+}
+
+#[test]
 fn texts_for_logs_and_last_error_name_what_they_are_about() {
     let key = LeaseKey { row: RowId(7), token: Token(42) };
     assert_eq!(key.to_string(), "7#42");
