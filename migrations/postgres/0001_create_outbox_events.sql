@@ -1,7 +1,7 @@
 -- The outbox: one row is one event for one destination. Producers insert; workers claim, renew and settle.
 
--- Every statement takes its time from these two functions, so that a test can put its own clock in their place.
--- `early_now` is compared with (the statement's start: stable, so an index can serve it); `late_now` grants
+-- Claims, renewals and settles take their time from these two functions, so that a test can put its own clock in their
+-- place. `early_now` is compared with (the statement's start: stable, so an index can serve it); `late_now` grants
 -- (read after the row is locked). Every error then falls on the safe side.
 create function leasehold.early_now() returns timestamptz
     language sql stable parallel safe as 'select statement_timestamp()';
@@ -48,6 +48,9 @@ create table leasehold.outbox_events (
         left(lower(coalesce(substring(destination_url from '^[A-Za-z][A-Za-z0-9+.-]*://[^/?#]*'), destination_url)
             collate "C"), 255)
     ) stored,
+    -- As it is sent. Computed once, by the producer: a few bytes of JSON can be a gigabyte as text ([1e131071, …]), which
+    -- would otherwise end every claim that comes to it.
+    payload_bytes int not null generated always as (octet_length(payload::text)) stored,
     last_error text,
     last_status int,
     delivered_at timestamptz,

@@ -24,7 +24,7 @@ rooms as materialized (
 -- Expired leases: the search reads every lease from $20 on, so it is made seldom (rule P10), and what it compares with
 -- is computed once.
 run_out as materialized (
-    select id, destination_key, next_attempt_at, pg_column_size(payload) as stored, reclaims + 1 >= 3 as probation,
+    select id, destination_key, next_attempt_at, payload_bytes, reclaims + 1 >= 3 as probation,
         row_number() over (partition by destination_key, reclaims + 1 >= 3 order by next_attempt_at, id) as nth
     from leasehold.outbox_events
     where lease_owner is not null
@@ -35,7 +35,7 @@ run_out as materialized (
         and destination_key <> all (array(select key from rooms where room <= 0))
 ),
 expired as materialized (
-    select id, destination_key, next_attempt_at, stored, 0 as turn, false as probation
+    select id, destination_key, next_attempt_at, payload_bytes, 0 as turn, false as probation
     from run_out left join rooms on rooms.key = destination_key
     where not probation and nth <= coalesce(room, $10)
     order by next_attempt_at, id
@@ -48,13 +48,13 @@ filled as materialized (
     having count(*) >= coalesce(room, $10)
 ),
 probation as materialized (
-    select id, destination_key, next_attempt_at, stored, 1 as turn, true as probation
+    select id, destination_key, next_attempt_at, payload_bytes, 1 as turn, true as probation
     from (
-        select id, destination_key, next_attempt_at, stored from run_out
+        select id, destination_key, next_attempt_at, payload_bytes from run_out
         where probation and destination_key <> all (array(select destination_key from filled))
         union all
         (
-            select id, destination_key, next_attempt_at, pg_column_size(payload)
+            select id, destination_key, next_attempt_at, payload_bytes
             from leasehold.outbox_events
             where delivery_status = 'pending' and lease_owner is null and reclaims >= 3
                 and next_attempt_at <= leasehold.early_now()
@@ -73,7 +73,7 @@ probation as materialized (
 -- towards the limit, and what they displace is reached further below. To start at the beginning would be to step over all
 -- that was claimed since the oldest transaction still open began: until it ends, their index entries stay.
 fresh as materialized (
-    select id, destination_key, next_attempt_at, pg_column_size(payload) as stored, 2 as turn, false as probation
+    select id, destination_key, next_attempt_at, payload_bytes, 2 as turn, false as probation
     from leasehold.outbox_events
     where delivery_status = 'pending' and lease_owner is null and reclaims < 3
         and next_attempt_at <= leasehold.early_now()
@@ -94,11 +94,11 @@ crowded as materialized (
     where events > coalesce(room, $10)
 ),
 first_picked as materialized (
-    select id, destination_key, next_attempt_at, stored, turn, probation
+    select id, destination_key, next_attempt_at, payload_bytes, turn, probation
     from (
         select * from found where destination_key <> all (array(select destination_key from crowded))
         union all
-        select id, destination_key, next_attempt_at, stored, turn, probation
+        select id, destination_key, next_attempt_at, payload_bytes, turn, probation
         from (
             select found.*, room,
                 row_number() over (partition by destination_key order by turn, next_attempt_at, id) as nth
@@ -150,7 +150,7 @@ more as materialized (
     left join rooms on rooms.key = destinations.destination_key
     left join taken on taken.destination_key = destinations.destination_key
     cross join lateral (
-        select id, destination_key, next_attempt_at, pg_column_size(payload) as stored
+        select id, destination_key, next_attempt_at, payload_bytes
         from leasehold.outbox_events
         where delivery_status = 'pending' and lease_owner is null and reclaims < 3
             and next_attempt_at <= leasehold.early_now()
@@ -167,18 +167,20 @@ more as materialized (
     limit (select events from missing)
 ),
 picked as materialized (
-    select id, probation, sum(stored) over (order by turn, next_attempt_at, id) - stored as before
+    select id, probation, sum(bytes) over (order by turn, next_attempt_at, id) - bytes as before
     from (
-        select id, next_attempt_at, stored, turn, probation from first_picked
+        select id, next_attempt_at, turn, probation, case when payload_bytes <= $13 then payload_bytes else 0 end as bytes
+        from first_picked
         union all
-        select id, next_attempt_at, stored, 3, false from more
+        select id, next_attempt_at, 3, false, case when payload_bytes <= $13 then payload_bytes else 0 end
+        from more
     ) as candidate
 ),
 -- Leases and events on probation had to be ranked before they could be locked. What others have locked is left out;
--- what changed since is seen as it is now. No payload goes through the steps: only its size, as text.
+-- what changed since is seen as it is now. No payload goes through the steps: only its size.
 locked as materialized (
     select event.id, event.attempts, event.max_attempts, event.next_attempt_at, event.reclaims,
-        event.lease_owner is not null as reclaimed, octet_length(event.payload::text) as bytes
+        event.lease_owner is not null as reclaimed, event.payload_bytes as bytes
     from leasehold.outbox_events as event
     where event.id = any (array(select id from picked where before <= $14))
         and event.delivery_status = 'pending'
