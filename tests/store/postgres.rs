@@ -5,7 +5,7 @@ use std::time::Duration;
 use leasehold::adapters::postgres::{PLANS, Postgres, PostgresOptions};
 use leasehold::machine::{
     Answer, ClaimFailure, ClaimRequest, DbTime, LeaseKey, RenewRequest, Row as Model, RowId, SettleRequest,
-    Status, StoreFault, Token, WorkerId,
+    Status, StoreFault, Token, Unsendable, WorkerId,
 };
 use leasehold::ports::Outbox;
 use serde_json::Value;
@@ -386,6 +386,47 @@ fn a_lost_connection_costs_one_call_at_most() {
         }
         assert_eq!(bed.renew("w", lease).await, Answer::Applied);
         assert_eq!(bed.settle("w", lease, delivered()).await, Answer::Applied);
+    });
+}
+
+/// A number with an exponent is as short as it is written, and as long as it is.
+#[test]
+fn a_small_payload_that_is_large_as_text_is_oversized() {
+    on_postgres(async |bed| {
+        let large = bed
+            .insert(
+                A,
+                "[1e131071,1e131071,1e131071,1e131071,1e131071,1e131071,1e131071,1e131071]",
+                &Model::new(20, bed.now()),
+            )
+            .await;
+        let small = bed.insert(A, "{}", &Model::new(20, bed.now())).await;
+        let claimed = bed.claim(bed.request("w")).await;
+        let granted: Vec<_> =
+            claimed.reply.grants.iter().map(|grant| (grant.key.row.0, grant.unsendable.clone())).collect();
+        let bytes = 8 * 131_072 + 7 * 2 + 2;
+        assert_eq!(granted, [(large, Some(Unsendable::Oversized { bytes })), (small, None)]);
+    });
+}
+
+#[test]
+fn who_may_not_create_anything_may_migrate_what_is_migrated() {
+    on_postgres(async |bed| {
+        let user = format!("user_of_{}", bed.database);
+        let mut session = session(bed).await;
+        exec(
+            &mut session,
+            &format!(
+                "create role {user} login; grant usage on schema leasehold to {user};
+                 grant select on leasehold.migrations to {user}"
+            ),
+        )
+        .await;
+        let mut url = url::Url::parse(&bed.url).unwrap();
+        url.query_pairs_mut().append_pair("options", &format!("-c role={user}"));
+        let migrated = Postgres::new(url.as_str(), options()).unwrap().migrate().await;
+        exec(&mut session, &format!("drop owned by {user}; drop role {user}")).await;
+        migrated.unwrap();
     });
 }
 

@@ -249,3 +249,22 @@ fn who_reads_the_archive_does_not_hold_up_a_new_day() {
         exec(&mut reader, "commit").await;
     });
 }
+
+#[test]
+fn who_reads_the_archive_keeps_its_oldest_day_and_holds_up_nothing_else() {
+    on_postgres(async |bed| {
+        bed.set_clock(march(9, 12)).await;
+        bed.insert(A, "{}", &delivered_at(march(7, 1))).await;
+        let retain = Retain::Archive(DAY);
+        assert_eq!(bed.retire(retain, WHOLE).await.unwrap().events, 1);
+        let mut reader = locking(bed, 0).await;
+        exec(&mut reader, "select from leasehold.outbox_archive").await;
+        bed.set_clock(march(20, 0)).await;
+        bed.insert(A, "{}", &delivered_at(march(19, 1))).await;
+        assert_eq!(bed.retire(retain, WHOLE).await.unwrap().events, 1);
+        assert_eq!(days(bed).await.len(), 2);
+        exec(&mut reader, "commit").await;
+        bed.retire(retain, WHOLE).await.unwrap();
+        assert_eq!(days(bed).await.len(), 1);
+    });
+}

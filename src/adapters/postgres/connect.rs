@@ -2,14 +2,14 @@
 
 use std::ops::Range;
 use std::str::FromStr;
-use std::sync::Mutex;
-use std::sync::PoisonError;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use sqlx::pool::PoolConnection;
-use sqlx::postgres::{PgConnectOptions, PgConnection, PgListener, PgPool, PgPoolOptions, Postgres};
-use sqlx::{ConnectOptions, Connection};
+use sqlx::postgres::{PgConnectOptions, PgConnection, PgListener, PgPoolOptions};
+use sqlx::{ConnectOptions, Connection, Row as _};
+use tokio::sync::{Semaphore, SemaphorePermit};
+use tokio::time::{Instant, timeout};
 
 use super::PostgresOptions;
 use crate::adapters::store::StoreError;
@@ -33,7 +33,6 @@ pub(super) struct Hosts {
     /// For migrations and `LISTEN`.
     plain: Vec<PgConnectOptions>,
     current: AtomicUsize,
-    pools: Mutex<Vec<PgPool>>,
 }
 
 /// Where the host list of a URL stands: after the user info, before path and query.
@@ -54,7 +53,9 @@ impl Hosts {
             let one = format!("{}{host}{}", &url[..list.start], &url[list.end..]);
             let one = one.replace("target_session_attrs=read-write", "");
             let parsed = PgConnectOptions::from_str(&one).map_err(|error| wrong(super::text(&error)))?;
-            let parsed = parsed.application_name("leasehold").disable_statement_logging();
+            // sqlx would look an address with its brackets up as a name.
+            let host = parsed.get_host().trim_matches(['[', ']']).to_owned();
+            let parsed = parsed.host(&host).application_name("leasehold").disable_statement_logging();
             plain.push(if options.prepared_statements { parsed } else { parsed.statement_cache_capacity(0) });
         }
         let millis = options.statement_timeout().as_millis().to_string();
@@ -65,30 +66,22 @@ impl Hosts {
                 host
             }
         });
-        Ok(Self { bounded: bounded.collect(), plain, current: AtomicUsize::new(0), pools: Mutex::default() })
+        Ok(Self { bounded: bounded.collect(), plain, current: AtomicUsize::new(0) })
     }
 
     fn index(&self) -> usize {
         self.current.load(Ordering::Relaxed)
     }
 
-    /// A pool that connects when first used, and follows [`Self::look_elsewhere`].
-    pub(super) fn pool(&self, connections: u32, timeout: Duration) -> PgPool {
-        let several = self.plain.len() > 1;
-        let pool = PgPoolOptions::new()
-            .max_connections(connections)
-            .acquire_timeout(timeout)
-            // A ping before each call would double the round trips; a dead connection shows itself in the call.
-            .test_before_acquire(false)
-            .after_connect(move |connection, _| {
-                Box::pin(async move { if several { refuse_standby(connection).await } else { Ok(()) } })
-            })
-            .connect_lazy_with(self.bounded[self.index()].clone());
-        self.pools.lock().unwrap_or_else(PoisonError::into_inner).push(pool.clone());
-        pool
+    async fn connect(&self, host: usize) -> Result<PgConnection, sqlx::Error> {
+        let mut connection = PgConnection::connect_with(&self.bounded[host]).await?;
+        if self.bounded.len() > 1 {
+            refuse_standby(&mut connection).await?;
+        }
+        Ok(connection)
     }
 
-    /// A connection outside of the pools, without `statement_timeout`.
+    /// A connection outside of the lanes, without `statement_timeout`.
     pub(super) async fn connect_plain(&self) -> Result<PgConnection, sqlx::Error> {
         let mut last = sqlx::Error::PoolTimedOut;
         for host in &self.plain {
@@ -114,13 +107,6 @@ impl Hosts {
         Ok(listener)
     }
 
-    pub(super) async fn acquire(&self, pool: &PgPool) -> Result<Borrowed, sqlx::Error> {
-        let mut looking = Looking { hosts: self, from: self.index(), found: false };
-        let connection = pool.acquire().await?;
-        looking.found = true;
-        Ok(Borrowed { connection: Some(connection), from: looking.from })
-    }
-
     /// After an error that another host might not give.
     pub(super) fn look_elsewhere(&self, from: usize, error: &sqlx::Error) {
         let standby = |code: &str| matches!(code, "25006" | "55000" | "57P03");
@@ -133,19 +119,13 @@ impl Hosts {
     /// Turns away from a host, unless another call that failed there has done so: two turns would pass one over.
     fn turn(&self, from: usize) {
         let next = (from + 1) % self.bounded.len();
-        let turned = self.current.compare_exchange(from, next, Ordering::Relaxed, Ordering::Relaxed);
-        if next != from && turned.is_ok() {
-            for pool in self.pools.lock().unwrap_or_else(PoisonError::into_inner).iter() {
-                pool.set_connect_options(self.bounded[next].clone());
-            }
-        }
+        let _ = self.current.compare_exchange(from, next, Ordering::Relaxed, Ordering::Relaxed);
     }
 }
 
 async fn refuse_standby(connection: &mut PgConnection) -> Result<(), sqlx::Error> {
-    let read_only: String =
-        sqlx::query_scalar("show transaction_read_only").persistent(false).fetch_one(connection).await?;
-    if read_only == "off" {
+    let row = sqlx::raw_sql("show transaction_read_only").fetch_one(connection).await?;
+    if row.try_get::<&str, _>(0)? == "off" {
         return Ok(());
     }
     Err(sqlx::Error::Io(std::io::Error::other("the server is a standby or read-only")))
@@ -166,27 +146,76 @@ impl Drop for Looking<'_> {
     }
 }
 
-/// A connection that is closed when dropped, unless it was put back: what a call left on it is not known.
-pub(super) struct Borrowed {
-    connection: Option<PoolConnection<Postgres>>,
-    /// The host that was looked at when it was asked for.
-    pub(super) from: usize,
+/// How long a connection may lie idle. What lies between here and the server forgets connections after some minutes
+/// without telling anybody.
+const IDLE: Duration = Duration::from_secs(180);
+
+/// The connections for one kind of calls, made when they are needed. A pool of sqlx's pings each connection that comes
+/// back: a round trip more for every call, and in a network that went dead the place stays taken until TCP gives up.
+#[derive(Debug)]
+pub(super) struct Lane {
+    hosts: Arc<Hosts>,
+    places: Semaphore,
+    idle: Mutex<Vec<Idle>>,
+    /// Bounds the wait for a place and the connecting.
+    timeout: Duration,
 }
 
-impl Borrowed {
+#[derive(Debug)]
+struct Idle {
+    connection: PgConnection,
+    host: usize,
+    since: Instant,
+}
+
+impl Lane {
+    pub(super) fn new(hosts: &Arc<Hosts>, places: usize, timeout: Duration) -> Self {
+        Self { hosts: Arc::clone(hosts), places: Semaphore::new(places), idle: Mutex::default(), timeout }
+    }
+
+    /// A connection to the host that is looked at now.
+    pub(super) async fn acquire(&self) -> Result<Borrowed<'_>, sqlx::Error> {
+        let host = self.hosts.index();
+        let mut looking = Looking { hosts: &self.hosts, from: host, found: false };
+        let connecting = async {
+            let place = self.places.acquire().await.map_err(|_| sqlx::Error::PoolClosed)?;
+            let connection = match self.idle(host) {
+                Some(connection) => connection,
+                None => self.hosts.connect(host).await?,
+            };
+            Ok(Borrowed { connection: Some(connection), lane: self, host, _place: place })
+        };
+        let borrowed = timeout(self.timeout, connecting).await.map_err(|_| sqlx::Error::PoolTimedOut)?;
+        looking.found = borrowed.is_ok();
+        borrowed
+    }
+
+    /// One that is worth keeping; the others are closed.
+    fn idle(&self, host: usize) -> Option<PgConnection> {
+        let mut idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner);
+        idle.retain(|idle| idle.host == host && idle.since.elapsed() < IDLE);
+        idle.pop().map(|idle| idle.connection)
+    }
+}
+
+/// A connection that is closed when dropped, unless it was put back: what a call left on it is not known.
+pub(super) struct Borrowed<'a> {
+    connection: Option<PgConnection>,
+    lane: &'a Lane,
+    /// The host that it is connected to.
+    pub(super) host: usize,
+    _place: SemaphorePermit<'a>,
+}
+
+impl Borrowed<'_> {
     pub(super) fn get(&mut self) -> &mut PgConnection {
         self.connection.as_mut().expect("a connection is there until it is put back")
     }
 
     pub(super) fn put_back(mut self) {
-        drop(self.connection.take());
-    }
-}
-
-impl Drop for Borrowed {
-    fn drop(&mut self) {
         if let Some(connection) = self.connection.take() {
-            drop(connection.detach());
+            let idle = Idle { connection, host: self.host, since: Instant::now() };
+            self.lane.idle.lock().unwrap_or_else(PoisonError::into_inner).push(idle);
         }
     }
 }
@@ -226,6 +255,10 @@ mod tests {
         let url = "postgres://u:p%40@a:5433,b/shop?target_session_attrs=read-write&sslmode=disable";
         assert_eq!(hosts(url), [("a".to_owned(), 5433), ("b".to_owned(), 5432)]);
         assert_eq!(hosts("postgres://a/shop"), [("a".to_owned(), 5432)]);
+        assert_eq!(
+            hosts("postgres://u@[::1]:5433,b/shop"),
+            [("::1".to_owned(), 5433), ("b".to_owned(), 5432)]
+        );
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! The outbox on Postgres 13 and later, through sqlx.
 //!
-//! One statement a call; no session state; no transaction and no connection is held between calls. Renewals have a pool
-//! of their own (rule P5). A call whose future is dropped, or that fails, closes its connection; on direct connections
+//! One statement a call; no session state; no transaction and no connection is held between calls. Renewals have
+//! connections of their own (rule P5). A call whose future is dropped, or that fails, closes its connection; on direct connections
 //! the server then cancels the statement by `statement_timeout`.
 
 mod connect;
@@ -14,14 +14,14 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
-use sqlx::postgres::{PgArguments, PgListener, PgPool, PgRow, Postgres as Database};
+use sqlx::postgres::{PgArguments, PgListener, PgRow, Postgres as Database};
 use sqlx::query::Query;
 use sqlx::{Connection, Row as _};
 use tokio::sync::Mutex;
-use tokio::time::Instant;
+use tokio::time::{Instant, timeout};
 
-use self::connect::Hosts;
 pub use self::connect::PLANS;
+use self::connect::{Hosts, Lane};
 use self::error::{after_send, not_connected, text};
 use super::store::{CLAIM_BYTES, NewEvent, Status, StoreError, clean};
 use crate::machine::{
@@ -35,6 +35,9 @@ use crate::ports::{Claimed, Message, Outbox};
 const CHANNEL: &str = "leasehold_events";
 /// How long a worker that said so counts as asleep. A dead one is forgotten after that.
 const SLEEP_FOR: Duration = Duration::from_secs(60);
+
+/// After that long without a notification the connection that listens is tried.
+const SILENCE: Duration = Duration::from_secs(60);
 
 const CLAIM: &str = include_str!("claim.sql");
 const LOOK: &str = include_str!("look.sql");
@@ -72,13 +75,13 @@ impl PostgresOptions {
 pub struct Postgres {
     hosts: Arc<Hosts>,
     /// Claims and looks: one is under way at a time.
-    claims: PgPool,
+    claims: Lane,
     /// Settles: one is under way at a time.
-    settles: PgPool,
+    settles: Lane,
     /// Heartbeats: one connection, and a spare (rule P5).
-    renewals: PgPool,
+    renewals: Lane,
     /// Moving and deleting what was delivered: never in the way of the others.
-    retiring: PgPool,
+    retiring: Lane,
     options: PostgresOptions,
     listener: Mutex<Option<PgListener>>,
     /// Until when what the table of sleepers says of this worker needn't be said again; `None` if it doesn't sleep.
@@ -98,10 +101,10 @@ impl Postgres {
         let hosts = Arc::new(Hosts::parse(url, &options)?);
         let (marked, waiting) = (RENEW.to_owned(), RENEW.replace("/* skip locked */", ""));
         Ok(Self {
-            claims: hosts.pool(1, options.store_timeout),
-            settles: hosts.pool(1, options.store_timeout),
-            renewals: hosts.pool(2, options.store_timeout),
-            retiring: hosts.pool(1, options.store_timeout),
+            claims: Lane::new(&hosts, 1, options.store_timeout),
+            settles: Lane::new(&hosts, 1, options.store_timeout),
+            renewals: Lane::new(&hosts, 2, options.store_timeout),
+            retiring: Lane::new(&hosts, 1, options.store_timeout),
             hosts,
             options,
             listener: Mutex::new(None),
@@ -120,11 +123,9 @@ impl Postgres {
         const DOING: &str = "migrating";
         let mut connection =
             self.hosts.connect_plain().await.map_err(|error| database("connecting", &error))?;
-        let encoding: String = sqlx::query_scalar("show server_encoding")
-            .persistent(false)
-            .fetch_one(&mut connection)
-            .await
-            .map_err(|error| database(DOING, &error))?;
+        let encoding = sqlx::raw_sql("show server_encoding").fetch_one(&mut connection).await;
+        let encoding = encoding.and_then(|row| row.try_get::<String, _>(0));
+        let encoding = encoding.map_err(|error| database(DOING, &error))?;
         if encoding != "UTF8" {
             // A text without a form in UTF-8 would make the server refuse the whole reply that it is in.
             let error = format!("the database's encoding is {encoding}: leasehold needs UTF8");
@@ -137,9 +138,16 @@ impl Postgres {
             .execute(&mut *transaction)
             .await
             .map_err(|error| database(DOING, &error))?;
-        run("create schema if not exists leasehold;
-             create table if not exists leasehold.migrations (
-                 version int primary key, applied_at timestamptz not null default now())")
+        // `if not exists` would ask for the right to create whether it is there or not.
+        run("do $$ begin
+                 if to_regnamespace('leasehold') is null then
+                     create schema leasehold;
+                 end if;
+                 if to_regclass('leasehold.migrations') is null then
+                     create table leasehold.migrations (
+                         version int primary key, applied_at timestamptz not null default now());
+                 end if;
+             end $$")
         .execute(&mut *transaction)
         .await
         .map_err(|error| database(DOING, &error))?;
@@ -165,16 +173,16 @@ impl Postgres {
     /// # Errors
     /// [`StoreError::Schema`] or what kept it from looking.
     pub async fn check_schema(&self) -> Result<(), StoreError> {
-        let query = sqlx::query_scalar::<_, Option<i32>>("select max(version) from leasehold.migrations");
-        let version = match query.persistent(false).fetch_one(&self.claims).await {
-            Ok(version) => version.unwrap_or(0),
+        let version = match self.ask("select max(version) from leasehold.migrations").await {
+            Ok(row) => row.try_get::<Option<i32>, _>(0).map(Option::unwrap_or_default),
             Err(sqlx::Error::Database(error))
                 if matches!(error.code().as_deref(), Some("42P01" | "3F000")) =>
             {
-                0
+                Ok(0)
             }
-            Err(error) => return Err(database("looking for the schema", &error)),
+            Err(error) => Err(error),
         };
+        let version = version.map_err(|error| database("looking for the schema", &error))?;
         match MIGRATIONS.last() {
             Some((newest, _)) if version < *newest => {
                 Err(StoreError::Schema { missing: format!("schema version {version}, needed {newest}") })
@@ -195,7 +203,8 @@ impl Postgres {
             }
             _ => database("enqueueing", &error),
         };
-        let mut transaction = self.claims.begin().await.map_err(doing)?;
+        let mut connection = self.claims.acquire().await.map_err(doing)?;
+        let mut transaction = connection.get().begin().await.map_err(doing)?;
         let mut ids = Vec::with_capacity(events.len());
         for batch in events.chunks(1_000) {
             let column = |of: fn(&NewEvent) -> Option<String>| batch.iter().map(of).collect::<Vec<_>>();
@@ -231,7 +240,11 @@ impl Postgres {
     /// When the database can't be read or has no schema.
     pub async fn status(&self) -> Result<Status, StoreError> {
         self.check_schema().await?;
-        let row = sqlx::query(
+        // All of the table is read: with its plans for calls that would be by way of an index.
+        let connection = timeout(self.options.store_timeout, self.hosts.connect_plain()).await;
+        let connection = connection.unwrap_or(Err(sqlx::Error::PoolTimedOut));
+        let mut connection = connection.map_err(|error| database("connecting", &error))?;
+        let row = sqlx::raw_sql(
             "select
                  count(*) filter (where delivery_status = 'pending') as pending,
                  count(*) filter (where delivery_status = 'pending' and lease_owner is null
@@ -245,8 +258,7 @@ impl Postgres {
                      and next_attempt_at <= leasehold.early_now()))::float8 as age
              from leasehold.outbox_events",
         )
-        .persistent(false)
-        .fetch_one(&self.claims)
+        .fetch_one(&mut connection)
         .await
         .map_err(|error| database("counting events", &error))?;
         let count = |name: &str| row.try_get::<i64, _>(name).map(i64::unsigned_abs);
@@ -269,11 +281,17 @@ impl Postgres {
     /// # Errors
     /// When the database can't be reached.
     pub async fn server_version(&self) -> Result<String, StoreError> {
-        sqlx::query_scalar("show server_version")
-            .persistent(false)
-            .fetch_one(&self.claims)
-            .await
-            .map_err(|error| database("connecting", &error))
+        let row = self.ask("show server_version").await;
+        row.and_then(|row| row.try_get(0)).map_err(|error| database("connecting", &error))
+    }
+
+    /// The one row of a question without parameters, as one message: a pooler in transaction mode may give two messages
+    /// that are in no transaction to two servers.
+    async fn ask(&self, question: &'static str) -> Result<PgRow, sqlx::Error> {
+        let mut connection = self.claims.acquire().await?;
+        let row = sqlx::raw_sql(question).fetch_one(connection.get()).await?;
+        connection.put_back();
+        Ok(row)
     }
 
     /// Says in the table of sleepers whether this worker sleeps, if that isn't what it says there already. Should it
@@ -296,13 +314,13 @@ impl Postgres {
         }
     }
 
-    /// One call on a connection of `pool`, which is closed unless the call ends well.
+    /// One call on a connection of `lane`, which is closed unless the call ends well.
     async fn call(
         &self,
-        pool: &PgPool,
+        lane: &Lane,
         query: Query<'static, Database, PgArguments>,
     ) -> Result<Vec<PgRow>, StoreFault> {
-        let mut connection = self.hosts.acquire(pool).await.map_err(|error| not_connected(&error))?;
+        let mut connection = lane.acquire().await.map_err(|error| not_connected(&error))?;
         let reply = if self.options.prepared_statements {
             query.fetch_all(connection.get()).await
         } else {
@@ -318,11 +336,16 @@ impl Postgres {
                 match fault {
                     // The server answered on a sound connection.
                     StoreFault::Permanent { .. } if self.options.prepared_statements => connection.put_back(),
-                    _ => self.hosts.look_elsewhere(connection.from, &error),
+                    _ => self.hosts.look_elsewhere(connection.host, &error),
                 }
                 Err(fault)
             }
         }
+    }
+
+    async fn answers(&self, listener: &mut PgListener) -> bool {
+        let question = sqlx::raw_sql("select").execute(listener);
+        matches!(timeout(self.options.store_timeout, question).await, Ok(Ok(_)))
     }
 
     /// Bounds the statements of a transaction where the connection doesn't, and how long its rows stay locked when this
@@ -476,10 +499,14 @@ impl Outbox for Postgres {
             if listener.is_none() {
                 *listener = self.hosts.listen(CHANNEL).await.ok();
             }
-            if let Some(listening) = listener.as_mut()
-                && listening.recv().await.is_ok()
-            {
-                return;
+            if let Some(listening) = listener.as_mut() {
+                match timeout(SILENCE, listening.try_recv()).await {
+                    // A notification, or a connection made anew, before which some may have been lost.
+                    Ok(Ok(_)) => return,
+                    // A dead network says nothing: only an answer shows that the connection stands.
+                    Err(_) if self.answers(listening).await => continue,
+                    _ => {}
+                }
             }
             // Polling is the truth; a wake-up that fails is no failure.
             *listener = None;

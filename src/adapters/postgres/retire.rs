@@ -38,29 +38,28 @@ impl Postgres {
             Retain::Delete(keep_for) => keep_for,
             Retain::Archive(_) => SETTLED_FOR,
         };
-        let mut connection =
-            self.hosts.acquire(&self.retiring).await.map_err(|error| database("connecting", &error))?;
+        let mut connection = self.retiring.acquire().await.map_err(|error| database("connecting", &error))?;
         if let Retain::Archive(keep_for) = retain
             && page.after == 0
         {
             let dropped = self.drop_a_day(connection.get(), keep_for).await;
-            dropped.map_err(|error| self.failed(connection.from, "dropping a day of the archive", &error))?;
+            dropped.map_err(|error| self.failed(connection.host, "dropping a day of the archive", &error))?;
         }
         let retired = self.retire_page(&mut connection, retain, age, page).await;
         let retired =
-            retired.map_err(|error| self.failed(connection.from, "retiring delivered events", &error))?;
+            retired.map_err(|error| self.failed(connection.host, "retiring delivered events", &error))?;
         connection.put_back();
         Ok(retired)
     }
 
-    fn failed(&self, from: usize, doing: &'static str, error: &sqlx::Error) -> StoreError {
-        self.hosts.look_elsewhere(from, error);
+    fn failed(&self, host: usize, doing: &'static str, error: &sqlx::Error) -> StoreError {
+        self.hosts.look_elsewhere(host, error);
         StoreError::Database { doing, error: text(error) }
     }
 
     async fn retire_page(
         &self,
-        connection: &mut Borrowed,
+        connection: &mut Borrowed<'_>,
         retain: Retain,
         age: Duration,
         page: Page,
@@ -95,7 +94,15 @@ impl Postgres {
         if alone(&mut transaction).await? {
             let over = sqlx::query_scalar::<_, Option<String>>(OVER).persistent(false).bind(micros(keep_for));
             if let Some(day) = over.fetch_one(&mut *transaction).await? {
-                run(&mut transaction, format!("drop table leasehold.{day}")).await?;
+                // Who waits for this lock holds up all that come to read the archive.
+                let drop = format!("set local lock_timeout = '100ms'; drop table leasehold.{day}");
+                match run(&mut transaction, drop).await {
+                    Err(sqlx::Error::Database(error)) if error.code().as_deref() == Some("55P03") => {
+                        tracing::debug!(day, "somebody reads the archive: its oldest day stays for now");
+                        return transaction.rollback().await;
+                    }
+                    dropped => dropped?,
+                }
             }
         }
         transaction.commit().await
