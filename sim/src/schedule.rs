@@ -97,7 +97,7 @@ impl FromStr for Profile {
 
 /// A worker's settings as plain numbers of microseconds and counts.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[allow(missing_docs, reason = "named after the settings of the design")]
+#[allow(missing_docs, reason = "named after the settings in ARCHITECTURE.md")]
 pub struct Settings {
     pub lease: u64,
     pub heartbeat: u64,

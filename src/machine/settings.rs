@@ -5,7 +5,7 @@ use alloc::vec::Vec;
 use core::fmt;
 use core::time::Duration;
 
-/// The lease timings of rule section 2. Accepted only if `H + 2R + M <= L`.
+/// The lease timings (ARCHITECTURE.md, 'The lease protocol'). Accepted only if `H + 2R + M <= L`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Timing {
     lease: Duration,

@@ -117,7 +117,7 @@ pub enum Status {
 
 /// One step of the history. `worker` counts starts of worker processes, `event` rows, `call` store calls; all begin at 0.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-#[allow(missing_docs, reason = "the fields are named after the words of the design")]
+#[allow(missing_docs, reason = "the fields are named after the words of ARCHITECTURE.md")]
 pub enum Fact {
     /// A producer's insert committed.
     EventCommitted {

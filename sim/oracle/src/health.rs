@@ -1,11 +1,11 @@
-//! **S2**: what excuses the loss of a lease, by exactly the conditions of the design.
+//! **S2**: what excuses the loss of a lease, by exactly the conditions of ARCHITECTURE.md.
 
 use crate::fact::{Down, Micros};
 use crate::ledger::Lease;
 use crate::violation::{Excuse, Excuses};
 use crate::{Invariant, Oracle, Sometimes, Verdict, ensure};
 
-/// What the design accepts as a cause for two open requests (rule P12).
+/// What ARCHITECTURE.md accepts as a cause for two open requests (rule P12).
 pub(crate) const OVERLAP: &[Excuse] =
     &[Excuse::Stopped, Excuse::ClockWrong, Excuse::DbStepped, Excuse::CommitLost, Excuse::Impossible];
 

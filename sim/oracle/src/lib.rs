@@ -1,8 +1,8 @@
 //! The oracle: an independent judge of a history.
 //!
-//! It sees facts in true time, keeps its own books and checks the invariants S1 to S9 and L1 to L4 of the design at
-//! the step at which they break. It depends on plain types only, never on the machine that it judges: what a lease, a
-//! fence, a retry delay or a healthy holder is, is stated here a second time.
+//! It sees facts in true time, keeps its own books and checks the invariants S1 to S9 and L1 to L4 of ARCHITECTURE.md
+//! at the step at which they break. It depends on plain types only, never on the machine that it judges: what a lease,
+//! a fence, a retry delay or a healthy holder is, is stated here a second time.
 #![forbid(unsafe_code)]
 #![deny(clippy::disallowed_methods, clippy::disallowed_types)]
 

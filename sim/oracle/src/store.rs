@@ -558,7 +558,7 @@ impl Oracle {
         self.events[event as usize].exists = false;
     }
 
-    /// Whether an overlap of requests is one that the design names, by either holder's doing.
+    /// Whether an overlap of requests is one that ARCHITECTURE.md names, by either holder's doing.
     pub(crate) fn overlap_excused(&self, lease: u32) -> bool {
         let excuses = self.excuses(&self.leases[lease as usize], None);
         let lost = self.leases[lease as usize].lost;

@@ -2,7 +2,7 @@
 
 /// One worker's settings.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[allow(missing_docs, reason = "named after the settings of the design")]
+#[allow(missing_docs, reason = "named after the settings in ARCHITECTURE.md")]
 pub struct Terms {
     pub lease: u64,
     pub heartbeat: u64,

@@ -30,7 +30,7 @@ macro_rules! named {
 pub(crate) use named;
 
 named! {
-    /// The invariants of the design.
+    /// The invariants of ARCHITECTURE.md.
     Invariant {
         /// No lease is granted to a second owner while the first is live.
         S1 = "S1 live-lease",
@@ -64,7 +64,7 @@ named! {
 }
 
 named! {
-    /// Why a broken promise does not count: the cases that the design names.
+    /// Why a broken promise does not count: the cases that ARCHITECTURE.md names.
     Excuse {
         /// The holder crashed.
         Crashed = "holder crashed",
