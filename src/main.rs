@@ -2,8 +2,13 @@
 #![forbid(unsafe_code)]
 
 use std::process::ExitCode;
+use std::time::Duration;
 
 use leasehold::cli::{EXIT_FAILED, Invocation, commands};
+
+/// How long the end waits for what is still under way. Sockets are closed well within it; the resolver of a dead name
+/// server, which nothing can interrupt, may take much longer and is not waited for.
+const END_WITHIN: Duration = Duration::from_secs(1);
 
 fn main() -> ExitCode {
     let invocation = match Invocation::parse(std::env::args_os()) {
@@ -19,7 +24,9 @@ fn main() -> ExitCode {
     };
     // On a thread of the runtime: from outside of it, each thing that the driver waits for would wake another thread.
     let execute = runtime.spawn(async move { commands::execute(&invocation).await });
-    match runtime.block_on(execute).unwrap_or_else(|panic| Err(panic.into())) {
+    let done = runtime.block_on(execute).unwrap_or_else(|panic| Err(panic.into()));
+    runtime.shutdown_timeout(END_WITHIN);
+    match done {
         Ok(code) => code,
         Err(error) => {
             eprintln!("leasehold: {error:#}");
