@@ -270,11 +270,12 @@ fn secrets_from_a_file() {
         Some("bad") => Ok(format!("{SECRET}\nhunter2\n")),
         _ => Err(io::ErrorKind::NotFound.into()),
     };
-    let with = |path: &str, inline: &str| {
+    let by = |needs, path: &str, inline: &str| {
         let mut sources = sources("", &[("LEASEHOLD_SIGNING_SECRETS_FILE", path)], &[]);
         sources.environment.insert("LEASEHOLD_SIGNING_SECRETS".into(), inline.into());
-        parse(&Sources { read: Some(&read), ..sources }, Needs::RUN)
+        parse(&Sources { read: Some(&read), ..sources }, needs)
     };
+    let with = |path: &str, inline: &str| by(Needs::RUN, path, inline);
     assert_eq!(with("good", "").unwrap().http.secrets.len(), 2);
     let bad = with("bad", "").unwrap_err().to_string();
     assert!(
@@ -283,6 +284,9 @@ fn secrets_from_a_file() {
     );
     assert!(with("none", "").unwrap_err().to_string().contains("can't be read"));
     assert!(with("good", SECRET).unwrap_err().to_string().contains("both set"));
+    for (path, inline) in [("none", ""), ("bad", ""), ("good", SECRET), ("", "hunter2")] {
+        assert!(by(Needs::STORE, path, inline).unwrap().http.secrets.is_empty(), "{path} {inline}");
+    }
 }
 
 #[test]
