@@ -10,6 +10,7 @@ use time::format_description::well_known::Rfc3339;
 
 use super::EnqueueArgs;
 use crate::adapters::http::Destination;
+use crate::adapters::store::MOST_ATTEMPTS;
 use crate::machine::DbTime;
 
 /// What a line may be longer than its payload: ids, a URL, keys.
@@ -26,7 +27,7 @@ pub struct EnqueueLine {
     pub destination_url: String,
     /// JSON as written.
     pub payload: String,
-    /// At least 1.
+    /// 1 to [`MOST_ATTEMPTS`].
     pub max_attempts: i32,
     /// When it may be sent at the earliest.
     pub next_attempt_at: Option<DbTime>,
@@ -92,8 +93,8 @@ impl Raw<'_> {
             None => rules.max_attempts,
             Some(n) => i32::try_from(n)
                 .ok()
-                .filter(|n| *n >= 1)
-                .ok_or_else(|| format!("max_attempts is {n}; allowed is 1 to {}", i32::MAX))?,
+                .filter(|n| (1..=MOST_ATTEMPTS.cast_signed()).contains(n))
+                .ok_or_else(|| format!("max_attempts is {n}; allowed is 1 to {MOST_ATTEMPTS}"))?,
         };
         let next_attempt_at = self.next_attempt_at.as_deref().map(parse_time).transpose()?;
         Ok(EnqueueLine {
@@ -262,6 +263,7 @@ mod tests {
             (line(&format!(r#""payload": 1, "event_id": "{}""#, "x".repeat(256))), "255"),
             (line(r#""payload": 1, "max_attempts": 0"#), "max_attempts is 0"),
             (line(r#""payload": 1, "max_attempts": 9999999999"#), "max_attempts is 9999999999"),
+            (line(r#""payload": 1, "max_attempts": 1000000001"#), "allowed is 1 to 1000000000"),
             (line(r#""payload": 1, "next_attempt_at": "tomorrow""#), "RFC 3339"),
             (line(r#""payload": "\u0000""#), "u0000"),
             (line(&format!(r#""payload": "{}""#, "x".repeat(1_000))), "1002 bytes"),

@@ -11,7 +11,7 @@ use super::database::{Database, DatabaseUrl};
 use super::table::{Kind, PREFIX, SETTINGS, Setting, lookup};
 use super::{DEFAULT_FILE, LogFormat, LogSettings, Needs, Origin, Settings, SettingsError, Sources};
 use crate::adapters::http::{AllowRule, HttpGateway, HttpSettings, HttpSettingsError, Secret};
-use crate::adapters::store::{Retain, SETTLED_FOR};
+use crate::adapters::store::{MOST_ATTEMPTS, Retain, SETTLED_FOR};
 use crate::machine::{LimitError, Limits, RawTiming, RetryPolicy, Timing, TimingError, WorkerSettings};
 
 /// A value and where it came from.
@@ -191,7 +191,7 @@ impl Reader<'_> {
             fits.then(|| text.to_owned())
         };
         let worker_name = self.optional("worker_name", "1 to 200 visible ASCII characters", name);
-        let max_attempts = self.number("max_attempts", 1, i32::MAX.unsigned_abs());
+        let max_attempts = self.number("max_attempts", 1, MOST_ATTEMPTS);
         let max_payload = self.size("max_payload", "1 to 8MiB", 1, 8 << 20);
         let retain = self.retain(database.as_ref().ok().and_then(Option::as_ref));
         let address = "an address and port such as 127.0.0.1:9090";

@@ -168,7 +168,7 @@ fn all_mistakes_at_once() {
          base64 (its value is not shown)",
         "LEASEHOLD_SIGNING_SECRETS, entry 2: a secret must be written whsec_<base64>, but the prefix whsec_ is \
          missing (its value is not shown)",
-        "--max-attempts is \"0\"; allowed is 1 to 2147483647",
+        "--max-attempts is \"0\"; allowed is 1 to 1000000000",
         "LEASEHOLD_LOG_FORMAT is \"xml\"; allowed is text or json",
     ];
     assert_eq!(found, expected);
@@ -198,6 +198,7 @@ fn bad_values() {
         ("retry_initial", "2h", "retry_max"),
         ("retry_max", "99999999999999999h", "duration"),
         ("retry_budget", "x", "whole number"),
+        ("max_attempts", "1000000001", "1 to 1000000000"),
         ("max_payload", "9MiB", "8MiB"),
         ("max_payload", "0", "8MiB"),
         ("response_cap", "2GiB", "1GiB"),
