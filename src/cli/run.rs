@@ -49,6 +49,9 @@ pub async fn run(mut settings: Settings, until_empty: bool) -> anyhow::Result<Ex
     if let Some(problem) = gateway.tls_problem() {
         warn!(problem, "https destinations can't be verified");
     }
+    if let Some(what) = settings.in_vain() {
+        warn!("{what}");
+    }
     info!(
         worker = id.as_str(),
         lease_ms = timing.lease().as_millis() as u64,
