@@ -3,10 +3,12 @@
 //! Levels: error, an operator must act; warn, the promise is at risk; info, the life of the process and one line a
 //! cycle; debug, each event.
 
+use std::collections::BTreeMap;
+
 use tracing::{debug, error, info, warn};
 
 use crate::driver::{Events, Observer};
-use crate::machine::{HeartbeatEnd, LeaseKey, Observation, SettleKind, StoreCall, WorkerId};
+use crate::machine::{HeartbeatEnd, LeaseKey, Observation, SettleKind, StoreCall, StoreFault, WorkerId};
 
 /// How many event ids a line about a whole statement names.
 const IDS_IN_A_LINE: usize = 10;
@@ -15,14 +17,32 @@ const IDS_IN_A_LINE: usize = 10;
 #[derive(Debug)]
 pub struct Telemetry {
     worker: WorkerId,
-    /// Claims that failed since the store last answered: only the first is a warning, the rest would drown it.
-    failed_claims: u64,
+    /// Calls that failed since the store last answered: of claims and looks, only the first is a warning, as the rest
+    /// would drown it. Refusals (`true`) are counted apart: they open no outage, so that no recovery ends them.
+    failures: BTreeMap<(StoreCall, bool), u64>,
 }
 
 impl Telemetry {
     /// For the lines of one worker.
     pub fn new(worker: WorkerId) -> Self {
-        Self { worker, failed_claims: 0 }
+        Self { worker, failures: BTreeMap::new() }
+    }
+
+    /// Keeps the count of failures; if this is one, how many of its kind there have been.
+    fn count(&mut self, observation: &Observation) -> u64 {
+        match observation {
+            Observation::StoreCallFailed { call, fault, .. } => {
+                let refused = matches!(fault, StoreFault::Permanent { .. });
+                let failures = self.failures.entry((*call, refused)).or_default();
+                *failures += 1;
+                return *failures;
+            }
+            Observation::StoreRecovered { .. } => self.failures.clear(),
+            // Claims bring something, so that the next refusal is news.
+            Observation::Cycle(_) => self.failures.retain(|(_, refused), _| !*refused),
+            _ => {}
+        }
+        0
     }
 }
 
@@ -37,6 +57,7 @@ fn ids(keys: &[LeaseKey], events: &Events) -> String {
 
 impl Observer for Telemetry {
     fn observe(&mut self, observation: &Observation, events: &Events) {
+        let failures = self.count(observation);
         let worker = self.worker.as_str();
         let id = |key: &LeaseKey| events.id(*key).unwrap_or("?").to_owned();
         match observation {
@@ -52,12 +73,22 @@ impl Observer for Telemetry {
                 took_ms = cycle.took.as_millis() as u64,
                 "cycle"
             ),
-            Observation::StoreCallFailed { call: StoreCall::Claim | StoreCall::Owned, fault, .. } => {
-                self.failed_claims += 1;
-                if self.failed_claims == 1 {
+            Observation::StoreCallFailed { call: StoreCall::Claim, fault, .. } => {
+                if failures == 1 {
                     warn!(worker, error = %fault, "claiming failed; trying again at every poll");
                 } else {
-                    debug!(worker, error = %fault, failures = self.failed_claims, "claiming failed again");
+                    debug!(worker, error = %fault, failures, "claiming failed again");
+                }
+            }
+            Observation::StoreCallFailed { call: StoreCall::Owned, fault, .. } => {
+                if failures == 1 {
+                    warn!(
+                        worker,
+                        error = %fault,
+                        "could not look for what an unknown claim left; nothing is claimed until that works"
+                    );
+                } else {
+                    debug!(worker, error = %fault, failures, "could not look for it again");
                 }
             }
             Observation::StoreCallFailed { call: StoreCall::Renew, fault, keys } => {
@@ -67,7 +98,6 @@ impl Observer for Telemetry {
                 warn!(worker, error = %fault, leases = keys.len(), events = ids(keys, events), "settle failed");
             }
             Observation::StoreRecovered { after } => {
-                self.failed_claims = 0;
                 info!(worker, after_ms = after.as_millis() as u64, "the store answers again");
             }
             Observation::HeartbeatEnded { key, why } => {
@@ -153,5 +183,40 @@ fn word(kind: SettleKind) -> &'static str {
         SettleKind::Retry => "retry",
         SettleKind::Failed => "failed",
         SettleKind::Release => "release",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn failed(call: StoreCall, fault: fn(String) -> StoreFault) -> Observation {
+        Observation::StoreCallFailed { call, fault: fault("e".into()), keys: Vec::new() }
+    }
+
+    /// A count of 1 is what is warned of.
+    #[test]
+    fn a_refusal_hides_no_outage_after_it() {
+        let refused = failed(StoreCall::Claim, |error| StoreFault::Permanent { error });
+        let unknown = failed(StoreCall::Claim, |error| StoreFault::Unknown { error });
+        let look = failed(StoreCall::Owned, |error| StoreFault::NotApplied { error });
+        let cycle = Observation::Cycle(Default::default());
+        let recovered = Observation::StoreRecovered { after: Default::default() };
+        let mut telemetry = Telemetry::new(WorkerId::new("w"));
+        for (observation, count) in [
+            (&refused, 1),
+            (&refused, 2),
+            (&unknown, 1),
+            (&look, 1),
+            (&unknown, 2),
+            (&cycle, 0),
+            (&unknown, 3),
+            (&refused, 1),
+            (&recovered, 0),
+            (&unknown, 1),
+            (&refused, 1),
+        ] {
+            assert_eq!(telemetry.count(observation), count, "{observation:?}");
+        }
     }
 }
