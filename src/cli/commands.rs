@@ -1,5 +1,6 @@
 //! The commands, each from its settings to its exit code.
 
+use std::fmt;
 use std::io::{self, IsTerminal, Write};
 use std::process::ExitCode;
 use std::time::Duration;
@@ -15,11 +16,38 @@ use crate::adapters::store::{NewEvent, Status};
 /// How often `status --watch` looks.
 const WATCH_EVERY: Duration = Duration::from_secs(1);
 
+/// Nobody reads standard output any more, as with `| head -1`: no mistake, but no reason to go on.
+#[derive(Debug)]
+struct NoReader;
+
+impl fmt::Display for NoReader {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("standard output is closed")
+    }
+}
+
+impl std::error::Error for NoReader {}
+
+/// Writes a line to standard output. Not by `println!`, which panics where it can't.
+fn print(line: impl fmt::Display) -> anyhow::Result<()> {
+    writeln!(io::stdout(), "{line}").map_err(|error| match error.kind() {
+        io::ErrorKind::BrokenPipe => NoReader.into(),
+        _ => anyhow::Error::new(error).context("writing to standard output"),
+    })
+}
+
 /// Does what was asked for.
 ///
 /// # Errors
 /// What went wrong at work: exit code 1.
 pub async fn execute(invocation: &Invocation) -> anyhow::Result<ExitCode> {
+    match dispatch(invocation).await {
+        Err(error) if error.is::<NoReader>() => Ok(EXIT_DONE.into()),
+        ended => ended,
+    }
+}
+
+async fn dispatch(invocation: &Invocation) -> anyhow::Result<ExitCode> {
     let settings = match invocation.settings() {
         Some(Ok(settings)) => Some(settings),
         Some(Err(error)) => {
@@ -40,7 +68,7 @@ pub async fn execute(invocation: &Invocation) -> anyhow::Result<ExitCode> {
         }
         (Command::Migrate, Some(settings)) => {
             open(&settings).await?.migrate().await?;
-            println!("the outbox is set up");
+            print("the outbox is set up")?;
             Ok(EXIT_DONE.into())
         }
         (Command::Enqueue(args), Some(settings)) => enqueue(args, &settings).await,
@@ -67,9 +95,8 @@ async fn enqueue(args: &EnqueueArgs, settings: &Settings) -> anyhow::Result<Exit
     };
     let events: Vec<NewEvent> = lines.into_iter().map(NewEvent::from).collect();
     let ids = open(settings).await?.enqueue(&events).await?;
-    let mut out = io::stdout().lock();
     for id in ids {
-        writeln!(out, "{id}").context("printing the ids; the events are in the outbox")?;
+        print(id).context("printing the ids; the events are in the outbox")?;
     }
     Ok(EXIT_DONE.into())
 }
@@ -92,9 +119,9 @@ async fn status(settings: &Settings, json: bool, watch: bool) -> anyhow::Result<
     loop {
         let status = store.status().await?;
         if json {
-            println!("{}", status_json(&status));
+            print(status_json(&status))?;
         } else {
-            println!("{}", status_text(&status));
+            print(status_text(&status))?;
         }
         if !watch {
             return Ok(EXIT_DONE.into());
@@ -132,24 +159,24 @@ async fn check(settings: &Settings) -> anyhow::Result<ExitCode> {
             Origin::Environment => "  (environment)",
             Origin::Flag => "  (flag)",
         };
-        println!("{name:<30} {value}{origin}");
+        print(format_args!("{name:<30} {value}{origin}"))?;
     }
-    println!();
+    print("")?;
     let timing = settings.worker.timing();
-    println!(
+    print(format_args!(
         "a held lease is renewed at the latest every {:?}; a request without renewal is aborted {:?} after it; a dead \
          worker's events are taken over after {:?}",
         timing.heartbeat(),
         timing.lease().saturating_sub(timing.fence_margin()),
         timing.lease().saturating_add(timing.reclaim_grace())
-    );
+    ))?;
     for warning in warnings(settings) {
-        println!("warning: {warning}");
+        print(format_args!("warning: {warning}"))?;
     }
     let store = open(settings).await?;
-    println!("database: {}", store.describe().await?);
+    print(format_args!("database: {}", store.describe().await?))?;
     store.check_schema().await?;
-    println!("schema: up to date");
+    print("schema: up to date")?;
     Ok(EXIT_DONE.into())
 }
 

@@ -67,7 +67,7 @@ impl Bed {
         self.settings.remove(name);
     }
 
-    fn command(&self, arguments: &[&str]) -> Command {
+    pub(crate) fn command(&self, arguments: &[&str]) -> Command {
         let mut command = leasehold(self.folder.path(), &self.url, &self.settings);
         command.args(arguments);
         command

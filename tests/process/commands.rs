@@ -1,6 +1,7 @@
 //! Commands and what bad input gets.
 
 use crate::bed::{Bed, MS, Receiver, SECRET, text, write};
+use crate::common::PATIENCE;
 
 #[tokio::test(flavor = "multi_thread")]
 async fn settings_errors_name_key_value_and_what_is_allowed_all_at_once() {
@@ -134,6 +135,27 @@ async fn check_shows_what_the_settings_mean_and_no_secret() {
     assert!(output.status.success(), "{text}");
     assert!(text.to_lowercase().contains("lease") && text.contains("30s"), "{text}");
     assert!(!text.contains(&SECRET[6..]), "{text}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_reader_that_goes_away_ends_a_command_in_silence() {
+    let bed = Bed::new().await;
+    let url = ["--event-type", "t", "--destination-url", "https://example.com/x", "--payload", "1"];
+    for arguments in
+        [&["check"][..], &["status", "--watch"], &["migrate"], &[&["enqueue"], &url[..]].concat()]
+    {
+        let mut child = bed
+            .command(arguments)
+            .stdout(std::process::Stdio::piped())
+            .stderr(std::process::Stdio::piped())
+            .spawn()
+            .expect("the binary starts");
+        drop(child.stdout.take());
+        let output = tokio::time::timeout(PATIENCE, child.wait_with_output()).await;
+        let output = output.expect("the command ends").expect("it was started");
+        assert_eq!((output.status.code(), text(&output)), (Some(0), String::new()), "{arguments:?}");
+    }
+    assert_eq!(bed.count("true").await, 1);
 }
 
 #[tokio::test(flavor = "multi_thread")]
