@@ -11,7 +11,7 @@ use tracing::{info, warn};
 use super::store::Store;
 use super::{retain, settings::Settings};
 use crate::adapters::clock::BootClock;
-use crate::adapters::http::HttpGateway;
+use crate::adapters::http::{HttpGateway, IDLE_IN_ALL};
 use crate::adapters::store::Retain;
 use crate::adapters::telemetry::Telemetry;
 use crate::driver::Driver;
@@ -21,7 +21,7 @@ use crate::ports::Outbox;
 /// A drain that had to abort requests or left outcomes unsettled.
 const DRAINED_BADLY: u8 = 3;
 
-/// File descriptors beside one a request: database, listener, log, runtime.
+/// File descriptors beside one a connection: database, listener, log, runtime.
 const SPARE_DESCRIPTORS: u64 = 64;
 
 /// Runs a worker until it is told to end, or until nothing is pending.
@@ -38,7 +38,7 @@ pub async fn run(mut settings: Settings, until_empty: bool) -> anyhow::Result<Ex
     let id = WorkerId::new(format!("{}-{suffix}", settings.worker_name));
     settings.worker.seed = entropy[8..].iter().fold(0, |seed, byte| seed << 8 | u64::from(*byte));
     settings.worker.until_empty = until_empty;
-    raise_descriptors(u64::from(settings.worker.limits().max_in_flight) + SPARE_DESCRIPTORS)?;
+    raise_descriptors(u64::from(settings.worker.limits().max_in_flight))?;
 
     let timing = *settings.worker.timing();
     let url = settings.database.as_ref().context("database_url is not set")?;
@@ -107,19 +107,50 @@ async fn next(term: &mut Signal, int: &mut Signal) -> i32 {
     }
 }
 
-/// Raises the soft limit of open files to what the requests in flight need.
-fn raise_descriptors(needed: u64) -> anyhow::Result<()> {
+/// Raises the soft limit of open files as far as it goes: while it connects, a request has several sockets.
+fn raise_descriptors(in_flight: u64) -> anyhow::Result<()> {
     use rustix::process::{Resource, getrlimit, setrlimit};
+    let needed = in_flight + SPARE_DESCRIPTORS;
+    let wanted = needed + IDLE_IN_ALL as u64;
     let mut limit = getrlimit(Resource::Nofile);
-    if limit.current.is_none_or(|current| current >= needed) {
-        return Ok(());
-    }
-    if let Some(maximum) = limit.maximum.filter(|maximum| *maximum < needed) {
-        bail!(
+    match limit.maximum {
+        Some(maximum) if maximum < needed => bail!(
             "max_in_flight needs {needed} file descriptors, but the hard limit is {maximum}: lower max_in_flight or \
              raise the limit (ulimit -n)"
-        );
+        ),
+        Some(maximum) if maximum < wanted => warn!(
+            maximum,
+            wanted,
+            "the hard limit of open files leaves no room for all connections that are kept: requests may fail; lower \
+             max_in_flight or raise the limit (ulimit -n)"
+        ),
+        _ => {}
     }
-    limit.current = Some(limit.maximum.unwrap_or(needed));
-    setrlimit(Resource::Nofile, limit).with_context(|| format!("raising the limit of open files to {needed}"))
+    let most = limit.maximum.unwrap_or(wanted);
+    let Some(current) = limit.current.filter(|current| *current < most) else { return Ok(()) };
+    limit.current = Some(most);
+    match setrlimit(Resource::Nofile, limit) {
+        Err(error) if current < needed => {
+            Err(error).with_context(|| format!("raising the limit of open files to {most}"))
+        }
+        _ => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use rustix::process::{Resource, getrlimit, setrlimit};
+
+    use super::*;
+
+    #[test]
+    fn open_files_are_limited_by_the_hard_limit_alone() {
+        let mut limit = getrlimit(Resource::Nofile);
+        let most = limit.maximum.unwrap_or(256 + IDLE_IN_ALL as u64 + SPARE_DESCRIPTORS);
+        limit.current = Some(most.min(400));
+        setrlimit(Resource::Nofile, limit).unwrap();
+        raise_descriptors(256).unwrap();
+        assert_eq!(getrlimit(Resource::Nofile).current, Some(most));
+        assert!(limit.maximum.is_none_or(|hard| raise_descriptors(hard).is_err()));
+    }
 }

@@ -26,9 +26,10 @@ use tokio::time::{Instant, timeout};
 /// How long a connection may be idle: less than the 5 s after which the least patient servers in wide use close it, so
 /// that a request rarely meets a connection that is being closed, which would cost it an attempt.
 const IDLE_TIMEOUT: Duration = Duration::from_secs(4);
-/// Idle connections kept for one origin and in all.
+/// At most so many idle connections are kept for one origin.
 const IDLE_PER_ORIGIN: usize = 64;
-const IDLE_IN_ALL: usize = 512;
+/// At most so many idle connections are kept in all, beside those with a request.
+pub const IDLE_IN_ALL: usize = 512;
 /// How long a body is read for, to reuse the connection.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(1);
 /// The longest response head.

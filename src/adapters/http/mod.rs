@@ -39,6 +39,7 @@ use crate::machine::AttemptResult;
 use crate::ports::{Attempt, Gateway};
 
 use classify::{Failure, Phase, classify};
+pub use connection::IDLE_IN_ALL;
 use connection::{Connection, Origin, Outgoing, Pool, Socket, Stream};
 use destination::without_dot;
 pub use destination::{
