@@ -1,18 +1,20 @@
 //! `leasehold run`: one worker, its signals and its exit code.
 
 use std::future::Future;
+use std::pin::pin;
 use std::process::ExitCode;
 use std::sync::Arc;
 
 use anyhow::{Context, bail};
 use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::time::timeout;
 use tracing::{info, warn};
 
 use super::store::Store;
 use super::{retain, settings::Settings};
 use crate::adapters::clock::BootClock;
 use crate::adapters::http::{HttpGateway, IDLE_IN_ALL};
-use crate::adapters::store::Retain;
+use crate::adapters::store::{Retain, StoreError};
 use crate::adapters::telemetry::Telemetry;
 use crate::driver::Driver;
 use crate::machine::{Ended, WorkerId};
@@ -29,8 +31,8 @@ const SPARE_DESCRIPTORS: u64 = 64;
 /// # Errors
 /// When it can't start, or a task of it panicked.
 pub async fn run(mut settings: Settings, until_empty: bool) -> anyhow::Result<ExitCode> {
-    // From the beginning: a signal that comes while the database is looked for is a drain like any other.
-    let shutdown = shutdown()?;
+    // From the beginning: a signal that comes while the schema is looked at ends it as well.
+    let mut shutdown = pin!(shutdown()?);
     let mut entropy = [0; 16];
     getrandom::fill(&mut entropy).context("no entropy for the worker id")?;
     let suffix = &entropy[..8];
@@ -44,7 +46,8 @@ pub async fn run(mut settings: Settings, until_empty: bool) -> anyhow::Result<Ex
     let url = settings.database.as_ref().context("database_url is not set")?;
     let store_timeout = Some(timing.store_timeout());
     let max_payload = u64::from(settings.max_payload);
-    let store = Store::open(url, store_timeout, max_payload, settings.prepared_statements).await?;
+    let open = || Store::open(url, store_timeout, max_payload, settings.prepared_statements);
+    let mut store = open().await?;
     let gateway = HttpGateway::new(settings.http.clone())?;
     if let Some(problem) = gateway.tls_problem() {
         warn!(problem, "https destinations can't be verified");
@@ -59,8 +62,18 @@ pub async fn run(mut settings: Settings, until_empty: bool) -> anyhow::Result<Ex
         "worker started"
     );
     // A database that is not there yet is no reason to end: the machine tries again. A missing schema is.
-    if let Err(error @ crate::adapters::store::StoreError::Schema { .. }) = store.check_schema().await {
-        return Err(error.into());
+    let checked = tokio::select! {
+        checked = timeout(timing.store_timeout(), store.check_schema()) => checked,
+        () = &mut shutdown => {
+            info!(worker = id.as_str(), "worker ended before it began");
+            return Ok(ExitCode::SUCCESS);
+        }
+    };
+    match checked {
+        Ok(Err(error @ StoreError::Schema { .. })) => return Err(error.into()),
+        Ok(_) => {}
+        // The connection still waits for its answer, and claims would wait for it.
+        Err(_) => store = open().await?,
     }
     let retiring = (settings.retain != Retain::Keep)
         .then(|| tokio::spawn(retain::retire(store.clone(), settings.retain, timing.store_timeout())));

@@ -44,6 +44,26 @@ async fn a_second_signal_ends_it_at_once() {
     assert_eq!(worker.end().await, Some(130), "{}", worker.log());
 }
 
+/// Nothing on the server bounds what is asked without prepared statements.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_schema_that_can_not_be_looked_at_holds_up_neither_work_nor_a_signal() {
+    let bed = Bed::new().await.set(&[("PREPARED_STATEMENTS", "false"), ("STORE_TIMEOUT", "4s")]);
+    let receiver = Receiver::start(|_| (MS, 200)).await;
+    bed.insert(&receiver.url(), 1).await;
+    let mut locked = bed.pool.begin().await.expect("a transaction");
+    let lock = sqlx::raw_sql("lock table leasehold.migrations in access exclusive mode");
+    lock.execute(&mut *locked).await.expect("the lock");
+    let mut told = bed.worker("told", &[]);
+    told.logs("worker started").await;
+    told.signal(Signal::TERM);
+    assert_eq!(told.end().await, Some(0), "{}", told.log());
+    assert!(!told.log().contains("draining"), "it has not begun:\n{}", told.log());
+    let mut worker = bed.worker("w", &["--until-empty"]);
+    assert_eq!(worker.end().await, Some(0), "{}", worker.log());
+    assert_eq!(bed.count("delivery_status = 'delivered'").await, 1);
+    drop(locked);
+}
+
 /// The database does not answer yet.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_signal_while_it_starts_is_a_drain_as_well() {
