@@ -46,8 +46,7 @@ pub async fn run(mut settings: Settings, until_empty: bool) -> anyhow::Result<Ex
     let url = settings.database.as_ref().context("database_url is not set")?;
     let store_timeout = Some(timing.store_timeout());
     let max_payload = u64::from(settings.max_payload);
-    let open = || Store::open(url, store_timeout, max_payload, settings.prepared_statements);
-    let mut store = open().await?;
+    let store = Store::open(url, store_timeout, max_payload, settings.prepared_statements).await?;
     let gateway = HttpGateway::new(settings.http.clone())?;
     if let Some(problem) = gateway.tls_problem() {
         warn!(problem, "https destinations can't be verified");
@@ -69,11 +68,8 @@ pub async fn run(mut settings: Settings, until_empty: bool) -> anyhow::Result<Ex
             return Ok(ExitCode::SUCCESS);
         }
     };
-    match checked {
-        Ok(Err(error @ StoreError::Schema { .. })) => return Err(error.into()),
-        Ok(_) => {}
-        // The connection still waits for its answer, and claims would wait for it.
-        Err(_) => store = open().await?,
+    if let Ok(Err(error @ StoreError::Schema { .. })) = checked {
+        return Err(error.into());
     }
     let retiring = (settings.retain != Retain::Keep)
         .then(|| tokio::spawn(retain::retire(store.clone(), settings.retain, timing.store_timeout())));
