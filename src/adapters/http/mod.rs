@@ -14,6 +14,7 @@
 mod classify;
 mod connection;
 mod destination;
+mod lookups;
 mod retry_after;
 mod signature;
 
@@ -45,6 +46,7 @@ use destination::without_dot;
 pub use destination::{
     AddressRules, AllowRule, AllowRuleError, Destination, DestinationError, HostPattern, is_public,
 };
+use lookups::Lookups;
 pub use retry_after::retry_after;
 pub use signature::{Secret, SecretError, Signer};
 
@@ -152,6 +154,7 @@ pub struct HttpGateway {
     hex: Option<HexHeaders>,
     tls: Result<TlsConnector, String>,
     pool: Pool,
+    lookups: Lookups,
 }
 
 impl HttpGateway {
@@ -178,7 +181,7 @@ impl HttpGateway {
         let signer = Signer::new(&settings.secrets).ok_or(HttpSettingsError::NoSecret)?;
         let hex = settings.hex_prefix.as_deref().map(HexHeaders::new).transpose()?;
         let tls = tls.map(|config| TlsConnector::from(Arc::new(config))).map_err(|error| error.to_string());
-        Ok(Self { settings, signer, hex, tls, pool: Pool::default() })
+        Ok(Self { settings, signer, hex, tls, pool: Pool::default(), lookups: Lookups::default() })
     }
 
     /// Why `https://` can't be used, if it can't: no certificate authorities were found on this machine. Requests to it
@@ -341,8 +344,7 @@ impl HttpGateway {
                 .collect());
         };
         let failed = |error| Failure::Resolve { host: name.clone(), error };
-        let mut addresses: Vec<SocketAddr> =
-            tokio::net::lookup_host((name.as_str(), destination.port)).await.map_err(failed)?.collect();
+        let mut addresses = self.lookups.of(name, destination.port).await.map_err(failed)?;
         let Some(first) = addresses.first().map(SocketAddr::ip) else {
             return Err(failed(io::Error::other("the name has no address")));
         };
