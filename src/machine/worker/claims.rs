@@ -570,7 +570,12 @@ impl Worker {
                 self.claims.look_failures = 0;
                 self.store_answered(sent, reply.db_now);
                 if self.claims.unbounded && self.claims.owned_at.is_empty() && self.drain.is_none() {
-                    self.claims.owned_at.insert(self.now.after(self.timing().lease()));
+                    // Whenever it is applied, four tries are left before what it took runs out.
+                    let timing = self.timing();
+                    let (timeout, left) =
+                        (timing.store_timeout(), timing.lease().saturating_sub(timing.fence_margin()));
+                    let pause = left.saturating_sub(timeout * 4).max(timeout);
+                    self.claims.owned_at.insert(self.now.after(pause));
                 }
                 for key in reply.keys {
                     if !self.leases.contains_key(&key) && !self.settles.gave_up(key) {

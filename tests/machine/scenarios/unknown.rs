@@ -86,6 +86,26 @@ fn what_the_very_first_claim_may_take_at_any_time_is_looked_for_ever_after() {
     assert_eq!(bed.row(1).reclaims, 0, "before it ran out");
 }
 
+/// However late it is applied, there is a look with four tries left before what it took runs out.
+#[test]
+fn looks_for_what_the_very_first_claim_took_come_as_often_as_its_lease_asks_for() {
+    let mut bed = Bed::new(settings());
+    bed.wake();
+    let request = Bed::request_of(&bed.pending.remove(0));
+    let start = bed.now;
+    bed.give(Input::Claimed { request, reply: Err(unknown()) });
+    let mut looks = Vec::new();
+    while bed.now.since(start) < 55 * SECOND {
+        if bed.pending.iter().any(|action| matches!(action, Action::Owned(..))) {
+            looks.push(bed.now.since(start).as_secs());
+        }
+        bed.answer_all();
+        bed.now = bed.now.max(bed.worker.next_wakeup().expect("it polls"));
+        bed.wake();
+    }
+    assert_eq!(looks, [0, 5, 7, 17, 30, 37, 44, 51]);
+}
+
 #[test]
 fn a_claim_that_came_void_is_made_again_at_once() {
     for searches in [false, true] {
