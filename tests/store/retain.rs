@@ -268,3 +268,19 @@ fn who_reads_the_archive_keeps_its_oldest_day_and_holds_up_nothing_else() {
         assert_eq!(days(bed).await.len(), 1);
     });
 }
+
+#[test]
+fn who_finds_another_at_it_leaves_no_transaction_open() {
+    on_postgres(async |bed| {
+        bed.insert(A, "{}", &delivered_at(before(bed.now(), HOUR))).await;
+        let mut other = locking(bed, 0).await;
+        exec(&mut other, "select pg_advisory_xact_lock(7311846112204518258)").await;
+        let store = bed.again().await;
+        assert_eq!(store.retire(Retain::Delete(SETTLED_FOR), WHOLE).await.unwrap().events, 0);
+        let open = "select count(*) from pg_stat_activity where datname = current_database()
+            and application_name = 'leasehold' and state = 'idle in transaction'";
+        assert_eq!(sqlx::query_scalar::<_, i64>(open).fetch_one(&bed.pool).await.unwrap(), 0);
+        exec(&mut other, "commit").await;
+        assert_eq!(store.retire(Retain::Delete(SETTLED_FOR), WHOLE).await.unwrap().events, 1);
+    });
+}

@@ -67,6 +67,8 @@ impl Postgres {
         let mut transaction = connection.get().begin().await?;
         self.bound(&mut transaction).await?;
         if !alone(&mut transaction).await? {
+            // Dropped, it would stay open until the connection is used again.
+            transaction.rollback().await?;
             return Ok(Retired { events: 0, next: page.after });
         }
         let row = sqlx::query(RIPE)
