@@ -444,6 +444,34 @@ async fn connections_are_kept_alive() {
     assert_eq!((server.connections.load(SeqCst), server.requests()), (1, 5));
 }
 
+/// As many connections are kept as requests were open together.
+#[tokio::test]
+async fn a_burst_finds_the_connections_of_the_last() {
+    const BURST: usize = 100;
+    let all = Arc::new(tokio::sync::Barrier::new(BURST));
+    let server = Server::with(move |mut stream, log| {
+        let all = all.clone();
+        async move {
+            while let Some(request) = read_request(&mut stream).await {
+                log.push(request);
+                all.wait().await;
+                stream.write_all(OK.as_bytes()).await.unwrap();
+            }
+        }
+    })
+    .await;
+    let gateway = Arc::new(gateway(local()));
+    for _ in 0..3 {
+        let mut burst = tokio::task::JoinSet::new();
+        for _ in 0..BURST {
+            let (gateway, attempt) = (gateway.clone(), attempt(server.url("/")));
+            burst.spawn(async move { gateway.send_alone(attempt).await });
+        }
+        assert_eq!(burst.join_all().await, vec![responded(200); BURST]);
+    }
+    assert_eq!((server.connections.load(SeqCst), server.requests()), (BURST, 3 * BURST));
+}
+
 /// A body of the cap's length is read to its end; one that is a byte longer costs the connection.
 #[tokio::test]
 async fn the_cap_is_exact() {

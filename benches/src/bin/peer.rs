@@ -10,8 +10,12 @@ use tokio::process::{Child, Command};
 use tokio::time::{Instant, sleep, sleep_until};
 
 /// Tuned by trying a few; every other setting is the default.
-const SETTINGS: [(&str, &str); 3] =
-    [("MAX_IN_FLIGHT", "64"), ("MAX_IN_FLIGHT_PER_DESTINATION", "512"), ("CLAIM_BATCH", "500")];
+const SETTINGS: [(&str, &str); 4] = [
+    ("MAX_IN_FLIGHT", "64"),
+    ("MAX_IN_FLIGHT_PER_DESTINATION", "1000"),
+    ("CLAIM_BATCH", "500"),
+    ("MAX_LEASED", "1500"),
+];
 
 fn var(name: &str, default: &str) -> String {
     std::env::var(name).ok().filter(|value| !value.is_empty()).unwrap_or_else(|| default.to_owned())

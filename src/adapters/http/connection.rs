@@ -26,9 +26,8 @@ use tokio::time::{Instant, timeout};
 /// How long a connection may be idle: less than the 5 s after which the least patient servers in wide use close it, so
 /// that a request rarely meets a connection that is being closed, which would cost it an attempt.
 const IDLE_TIMEOUT: Duration = Duration::from_secs(4);
-/// At most so many idle connections are kept for one origin.
-const IDLE_PER_ORIGIN: usize = 64;
-/// At most so many idle connections are kept in all, beside those with a request.
+/// At most so many idle connections are kept in all, beside those with a request. One origin has no more of them than
+/// requests may be open to one destination.
 pub const IDLE_IN_ALL: usize = 512;
 /// How long a body is read for, to reuse the connection.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(1);
@@ -218,13 +217,10 @@ impl Pool {
         if shelf.count >= IDLE_IN_ALL {
             return;
         }
-        let idle = shelf.idle.entry(origin).or_default();
-        if idle.len() < IDLE_PER_ORIGIN {
-            idle.push(Idle { connection, since: Instant::now() });
-            shelf.count += 1;
-            if !std::mem::replace(&mut shelf.swept, true) {
-                tokio::spawn(sweep(Arc::downgrade(&self.0)));
-            }
+        shelf.idle.entry(origin).or_default().push(Idle { connection, since: Instant::now() });
+        shelf.count += 1;
+        if !std::mem::replace(&mut shelf.swept, true) {
+            tokio::spawn(sweep(Arc::downgrade(&self.0)));
         }
     }
 }

@@ -38,7 +38,7 @@ pub(crate) fn all(events: u32) -> Vec<Scenario> {
     let mut all = Vec::new();
     for workers in [1, 2, 4, 8] {
         let name = if workers == 1 { "drain, 1 worker".into() } else { format!("drain, {workers} workers") };
-        all.push(Scenario { name, workers, work: Work::Drain { events, hanging: 0, cap: 512 } });
+        all.push(Scenario { name, workers, work: Work::Drain { events, hanging: 0, cap: CAP } });
     }
     let alone = Work::Drain { events, hanging: 0, cap: 32 };
     all.push(Scenario { name: "drain, 32 requests a destination".into(), workers: 1, work: alone });
@@ -66,7 +66,15 @@ pub(crate) fn all(events: u32) -> Vec<Scenario> {
 }
 
 /// Settings of the drains, tuned by trying a few; the rest is measured with the defaults.
-const DRAIN: [(&str, &str); 2] = [("LEASEHOLD_MAX_IN_FLIGHT", "64"), ("LEASEHOLD_CLAIM_BATCH", "500")];
+const DRAIN: [(&str, &str); 3] = [
+    ("LEASEHOLD_MAX_IN_FLIGHT", "64"),
+    ("LEASEHOLD_CLAIM_BATCH", "500"),
+    // Enough for a batch that is being claimed, one that is sent and one that is settled.
+    ("LEASEHOLD_MAX_LEASED", "1500"),
+];
+
+/// Requests to the one destination of the drains; twice as many leases may be held for it.
+const CAP: u32 = 1_000;
 
 const INSERT: &str = "
     insert into leasehold.outbox_events (event_id, event_type, destination_url, payload)
@@ -243,7 +251,7 @@ impl Scenario {
                 Work::Open { .. } => worker.envs(OPEN),
                 Work::Held { .. } => worker.envs(HELD),
                 Work::Endless { .. } => {
-                    worker.envs(DRAIN).env("LEASEHOLD_MAX_IN_FLIGHT_PER_DESTINATION", "512")
+                    worker.envs(DRAIN).env("LEASEHOLD_MAX_IN_FLIGHT_PER_DESTINATION", CAP.to_string())
                 }
                 _ => &mut worker,
             };
