@@ -54,12 +54,8 @@ create table outbox_events (
     constraint lease_is_whole check ((lease_owner is null) = (lease_until is null)),
     constraint only_pending_is_leased check (lease_owner is null or delivery_status = 'pending'),
     constraint lease_owner_is_short check (length(lease_owner) between 1 and 512),
-    constraint pending_has_a_due_time check (next_attempt_at is not null or delivery_status <> 'pending'),
-    constraint times_are_integers check (
-        typeof(next_attempt_at) in ('integer', 'null') and typeof(lease_until) in ('integer', 'null')
-        and typeof(delivered_at) in ('integer', 'null')
-    )
-);
+    constraint pending_has_a_due_time check (next_attempt_at is not null or delivery_status <> 'pending')
+) strict;
 
 create index outbox_events_due on outbox_events (next_attempt_at, id)
     where delivery_status = 'pending' and lease_owner is null and reclaims < 3;

@@ -4,8 +4,8 @@ use std::time::Duration;
 
 use leasehold::adapters::store::{NewEvent, StoreError};
 use leasehold::machine::{
-    Answer, ClaimFailure, DestinationKey, Incarnation, LeaseKey, RenewRequest, Row as Model, RowId, Settle,
-    SettleRequest, Status, StoreFault, Token, Unsendable, WorkerId,
+    Answer, ClaimFailure, ClaimRequest, DestinationKey, Grant, Incarnation, LeaseKey, RenewRequest,
+    Row as Model, RowId, Settle, SettleRequest, Status, StoreFault, Token, Unsendable, WorkerId,
 };
 use leasehold::ports::Outbox;
 
@@ -776,6 +776,8 @@ async fn constraints_hold<B: Bed>(bed: &B) {
         refused.push("next_attempt_at = 'tomorrow'".into());
         refused.push("lease_owner = 'w', lease_until = 1.5".into());
         refused.push("delivered_at = '2026-01-01'".into());
+        refused.push("attempts = 2.5".into());
+        refused.push("destination_url = x'ff'".into());
     }
     for set in refused {
         let result = bed.run(&format!("update {table} set {set} where id = {id}")).await;
@@ -809,6 +811,21 @@ async fn destination_keys<B: Bed>(bed: &B) {
     let stored = bed.rows().await.into_iter().find(|stored| stored.id == id).unwrap();
     assert_eq!(stored.destination, "é".repeat(255));
     assert_eq!(bed.take("w").await.len(), 9, "no URL keeps an event from being claimed");
+    if !B::POSTGRES {
+        // A text that is no UTF-8; Postgres takes none.
+        for _ in 0..2 {
+            let id = bed.insert(A, "{}", &Model::new(20, bed.now())).await;
+            let broken =
+                format!("update outbox_events set destination_url = cast(x'30ff' as text) where id = {id}");
+            bed.run(&broken).await.unwrap();
+        }
+        let sound = bed.insert(A, "{}", &Model::new(20, bed.now())).await;
+        let claimed = bed.claim(ClaimRequest { limit: 2, share: 1, ..bed.request("w") }).await;
+        let malformed = |grant: &Grant| matches!(grant.unsendable, Some(Unsendable::Malformed { .. }));
+        let found: Vec<_> =
+            claimed.reply.grants.iter().map(|grant| (malformed(grant), grant.key.row.0)).collect();
+        assert_eq!(found, [(true, sound - 2), (false, sound)], "its share, and what is reached past it");
+    }
 }
 
 async fn errors_are_cleaned<B: Bed>(bed: &B) {

@@ -17,10 +17,14 @@ use crate::ports::{Claimed, Message};
 
 const FRESH: &str = "delivery_status = 'pending' and lease_owner is null and reclaims < 3";
 
+/// A destination key as it is stored: nothing makes sure that a text is UTF-8, and one that isn't must not fail the claim
+/// of all (rule P6).
+type Key = Vec<u8>;
+
 /// A row that a claim may take.
 struct Candidate {
     id: i64,
-    destination: String,
+    destination: Key,
     probation: bool,
 }
 
@@ -28,14 +32,14 @@ struct Candidate {
 struct Room {
     limit: usize,
     share: u32,
-    shares: BTreeMap<String, u32>,
+    shares: BTreeMap<Key, u32>,
     probation: u32,
     picked: Vec<i64>,
 }
 
 impl Room {
-    fn left(&mut self, destination: &str) -> &mut u32 {
-        self.shares.entry(destination.to_owned()).or_insert(self.share)
+    fn left(&mut self, destination: &Key) -> &mut u32 {
+        self.shares.entry(destination.clone()).or_insert(self.share)
     }
 
     fn pick(&mut self, candidate: Candidate) {
@@ -73,7 +77,7 @@ async fn pick_all(
     let page = i64::try_from(room.limit).unwrap_or(i64::MAX).max(100);
     let mut seen = (i64::MIN, i64::MIN);
     while !room.is_full_for(probation) {
-        let rows: Vec<(i64, String, i64)> = sqlx::query_as(sqlx::AssertSqlSafe(sql.clone()))
+        let rows: Vec<(i64, Key, i64)> = sqlx::query_as(sqlx::AssertSqlSafe(sql.clone()))
             .bind(now)
             .bind(seen.0)
             .bind(seen.1)
@@ -99,7 +103,7 @@ async fn pick(
     let mut room = Room {
         limit: request.limit as usize,
         share: request.share,
-        shares: request.shares.iter().map(|(key, room)| (key.as_str().to_owned(), *room)).collect(),
+        shares: request.shares.iter().map(|(key, room)| (key.as_str().into(), *room)).collect(),
         probation: request.probation,
         picked: Vec::new(),
     };
@@ -121,7 +125,7 @@ async fn pick(
         "select id, destination_key from outbox_events where {FRESH} and next_attempt_at <= ?1
          order by next_attempt_at, id limit ?2"
     );
-    let fresh: Vec<(i64, String)> =
+    let fresh: Vec<(i64, Key)> =
         sqlx::query_as(sqlx::AssertSqlSafe(fresh)).bind(now).bind(limit).fetch_all(&mut *connection).await?;
     let cut_off = fresh.len() as i64 == limit;
     let seen: Vec<i64> = fresh.iter().map(|(id, _)| *id).collect();
@@ -142,15 +146,16 @@ async fn reach_past(
     room: &mut Room,
 ) -> Result<(), sqlx::Error> {
     let next = format!(
-        "select destination_key from outbox_events where {FRESH} and destination_key > ? order by destination_key limit 1"
+        "select destination_key from outbox_events where {FRESH} and destination_key > cast(? as text)
+         order by destination_key limit 1"
     );
     let of = format!(
-        "select id from outbox_events where {FRESH} and destination_key = ? and next_attempt_at <= ?
+        "select id from outbox_events where {FRESH} and destination_key = cast(? as text) and next_attempt_at <= ?
          order by next_attempt_at, id limit ?"
     );
-    let mut destination = String::new();
+    let mut destination = Key::new();
     while !room.is_full() {
-        let found: Option<String> = sqlx::query_scalar(sqlx::AssertSqlSafe(next.clone()))
+        let found: Option<Key> = sqlx::query_scalar(sqlx::AssertSqlSafe(next.clone()))
             .bind(&destination)
             .fetch_optional(&mut *connection)
             .await?;
