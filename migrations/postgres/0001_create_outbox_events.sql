@@ -125,13 +125,18 @@ create unlogged table leasehold.sleepers (
     worker text primary key,
     until timestamptz not null
 );
+-- Beside a transaction that is left open every row that ever was stays, and producers must not step over them: by this
+-- index they only see those that would count still.
+create index sleepers_until on leasehold.sleepers (until);
 
 -- At commit, so that who fell asleep during a long transaction is seen; with its owner's rights, since a producer may
 -- have none but to insert. A worker that falls asleep just then looks once more, or finds the event at its next poll.
 create function leasehold.wake() returns trigger
-    language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
+    language plpgsql security definer set search_path = pg_catalog, pg_temp set enable_seqscan = off as $$
+declare
+    at constant timestamptz := clock_timestamp();
 begin
-    if exists (select from leasehold.sleepers where until > clock_timestamp()) then
+    if exists (select from leasehold.sleepers where until > at) then
         perform pg_notify('leasehold_events', '');
     end if;
     return null;

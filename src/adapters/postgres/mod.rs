@@ -33,8 +33,9 @@ use crate::ports::{Claimed, Message, Outbox};
 
 /// Sent by the insert trigger while a worker sleeps, and listened to by workers.
 const CHANNEL: &str = "leasehold_events";
-/// How long a worker that said so counts as asleep. A dead one is forgotten after that.
-const SLEEP_FOR: Duration = Duration::from_secs(60);
+/// How long a worker that said so counts as asleep. A dead one is forgotten after that, and what sleepers said within it
+/// is what a producer may have to step over.
+const SLEEP_FOR: Duration = Duration::from_secs(10);
 
 /// After that long without a notification the connection that listens is tried.
 const SILENCE: Duration = Duration::from_secs(60);
