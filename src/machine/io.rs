@@ -95,9 +95,9 @@ pub struct ClaimRequest {
     pub leases_from: Option<Token>,
     /// Whether the reply must say if any event is pending at all.
     pub count_pending: bool,
-    /// Nothing was found for a while, so that the worker polls slowly from now on: the store may wake it when there is
-    /// new work ([`Input::Hint`]). What was committed before it says so is found by this very claim.
-    pub asleep: bool,
+    /// Nothing was found for a while, so that the worker polls slowly from now on, at this interval: the store may wake it
+    /// when there is new work ([`Input::Hint`]). What was committed before it says so is found by this very claim.
+    pub asleep: Option<Duration>,
 }
 
 /// One event that was claimed, as far as the machine needs to know it.

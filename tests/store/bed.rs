@@ -91,7 +91,7 @@ pub(crate) trait Bed {
             from: None,
             leases_from: None,
             count_pending: false,
-            asleep: false,
+            asleep: None,
         }
     }
     /// Claims with nothing special, and returns the leases.

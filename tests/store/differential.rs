@@ -413,7 +413,7 @@ fn request_of(step: &Step, rows: &Rows, now: DbTime) -> Option<Request> {
                 from: from.map(|row| place(&rows.rows[row])),
                 leases_from: leases_from.map(|row| rows.rows[row].row.token),
                 count_pending: true,
-                asleep: false,
+                asleep: None,
             })
         }
         Step::Renew { owner, of, millis } => {

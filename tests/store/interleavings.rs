@@ -436,7 +436,7 @@ impl Pair<'_, '_> {
                     from: from.map(place),
                     leases_from: leases_from.map(|row| self.sim.rows()[row].token),
                     count_pending: true,
-                    asleep: false,
+                    asleep: None,
                 })
             }
             What::Renew { owner, of, millis: lease } => {

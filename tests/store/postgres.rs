@@ -264,12 +264,19 @@ fn a_commit_wakes_workers_only_while_one_sleeps() {
         };
         committed(false, "nobody ever slept").await;
         let claim = async |asleep| bed.claim(ClaimRequest { asleep, ..bed.request("w") }).await;
-        claim(true).await;
-        claim(true).await;
+        let poll = Some(Duration::from_secs(3_600));
+        claim(poll).await;
+        claim(poll).await;
         committed(true, "one sleeps").await;
-        claim(false).await;
+        exec(
+            &mut self::session(bed).await,
+            "update leasehold.sleepers set until = until - interval '1 hour'",
+        )
+        .await;
+        committed(true, "it still sleeps after its poll interval").await;
+        claim(None).await;
         committed(false, "it is awake again").await;
-        claim(true).await;
+        claim(poll).await;
         exec(
             &mut self::session(bed).await,
             "update leasehold.sleepers set until = now() - interval '1 second'",
@@ -321,7 +328,10 @@ fn a_commit_does_not_step_over_who_slept_before() {
 fn a_sleeping_worker_is_given_a_hint() {
     on_postgres(async |bed| {
         let worker = bed.again().await;
-        worker.claim(ClaimRequest { asleep: true, ..bed.request("w") }).await.unwrap();
+        worker
+            .claim(ClaimRequest { asleep: Some(Duration::from_secs(1)), ..bed.request("w") })
+            .await
+            .unwrap();
         let listening = tokio::spawn(async move { worker.hint().await });
         loop {
             let sql = "select count(*) from pg_stat_activity where datname = current_database()

@@ -33,8 +33,8 @@ use crate::ports::{Claimed, Message, Outbox};
 
 /// Sent by the insert trigger while a worker sleeps, and listened to by workers.
 const CHANNEL: &str = "leasehold_events";
-/// How long a worker that said so counts as asleep. A dead one is forgotten after that, and what sleepers said within it
-/// is what a producer may have to step over.
+/// How long a worker that said so counts as asleep, beyond two of its polls. A dead one is forgotten after that, and what
+/// sleepers said within it is what a producer may have to step over.
 const SLEEP_FOR: Duration = Duration::from_secs(10);
 
 /// After that long without a notification the connection that listens is tried.
@@ -297,19 +297,22 @@ impl Postgres {
 
     /// Says in the table of sleepers whether this worker sleeps, if that isn't what it says there already. Should it
     /// fail, new events are found by polling.
-    async fn say_asleep(&self, owner: &WorkerId, asleep: bool) {
+    async fn say_asleep(&self, owner: &WorkerId, asleep: Option<Duration>) {
         if !self.options.prepared_statements {
             // Without a listener nothing could wake it.
             return;
         }
         let mut said = self.asleep_until.lock().await;
         let query = match (asleep, *said) {
-            (false, None) => return,
-            (true, Some(until)) if Instant::now() < until => return,
-            (true, _) => sqlx::query(SLEEP).bind(owner.as_str().to_owned()).bind(micros(SLEEP_FOR)),
-            (false, Some(_)) => sqlx::query(AWAKE).bind(owner.as_str().to_owned()),
+            (None, None) => return,
+            (Some(_), Some(until)) if Instant::now() < until => return,
+            (Some(poll), _) => {
+                let sleep_for = poll.saturating_mul(2).saturating_add(SLEEP_FOR);
+                sqlx::query(SLEEP).bind(owner.as_str().to_owned()).bind(micros(sleep_for))
+            }
+            (None, Some(_)) => sqlx::query(AWAKE).bind(owner.as_str().to_owned()),
         };
-        *said = asleep.then(|| Instant::now() + SLEEP_FOR / 2);
+        *said = asleep.map(|_| Instant::now() + SLEEP_FOR / 2);
         if let Err(fault) = self.call(&self.claims, query).await {
             tracing::debug!(%fault, "could not say whether this worker sleeps; it polls all the same");
         }

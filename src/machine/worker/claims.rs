@@ -298,7 +298,7 @@ impl Worker {
             from,
             leases_from,
             count_pending: self.settings.until_empty && from.is_none(),
-            asleep: self.claims.awake_until <= self.now,
+            asleep: (self.claims.awake_until <= self.now).then_some(limits.poll_interval),
         };
         self.claims.refill = false;
         self.claims.under_way = Some(UnderWay {
