@@ -89,6 +89,8 @@ fn a_worker_polls_eagerly_for_a_second_and_then_says_that_it_sleeps() {
     assert!(awake.iter().all(|(at, _)| *at < SECOND));
     assert!(asleep.first().is_some_and(|(at, _)| *at < SECOND + 2 * MS), "it looks once more as it says so");
     assert!((8..=9).contains(&asleep.len()), "then every poll interval: {asleep:?}");
+    let poll = Some(settings().limits().poll_interval);
+    assert!(asleep.iter().all(|(_, claim)| claim.asleep == poll), "as it says: {asleep:?}");
     // An event ends the sleep.
     bed.add(2, "http://a");
     bed.give(Input::Hint);
