@@ -10,3 +10,4 @@ mod differential;
 mod interleavings;
 mod postgres;
 mod retain;
+mod waking;
