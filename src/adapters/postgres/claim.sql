@@ -73,7 +73,8 @@ probation as materialized (
 -- towards the limit, and what they displace is reached further below. To start at the beginning would be to step over all
 -- that was claimed since the oldest transaction still open began: until it ends, their index entries stay.
 fresh as materialized (
-    select id, destination_key, next_attempt_at, payload_bytes, 2 as turn, false as probation
+    select id, destination_key, next_attempt_at, payload_bytes, 2 as turn, false as probation,
+        attempts, max_attempts, reclaims
     from leasehold.outbox_events
     where delivery_status = 'pending' and lease_owner is null and reclaims < 3
         and next_attempt_at <= leasehold.early_now()
@@ -84,7 +85,12 @@ fresh as materialized (
     for no key update skip locked
 ),
 found as materialized (
-    select * from expired union all select * from probation union all select * from fresh
+    -- Of what isn't locked yet, the last three are read when it is.
+    select *, 0 as attempts, 0 as max_attempts, 0 as reclaims from expired
+    union all
+    select *, 0, 0, 0 from probation
+    union all
+    select * from fresh
 ),
 -- Destinations of which more was found than there is room for. Mostly there are none, so that nothing is numbered.
 crowded as materialized (
@@ -94,11 +100,11 @@ crowded as materialized (
     where events > coalesce(room, $10)
 ),
 first_picked as materialized (
-    select id, destination_key, next_attempt_at, payload_bytes, turn, probation
+    select id, destination_key, next_attempt_at, payload_bytes, turn, probation, attempts, max_attempts, reclaims
     from (
         select * from found where destination_key <> all (array(select destination_key from crowded))
         union all
-        select id, destination_key, next_attempt_at, payload_bytes, turn, probation
+        select id, destination_key, next_attempt_at, payload_bytes, turn, probation, attempts, max_attempts, reclaims
         from (
             select found.*, room,
                 row_number() over (partition by destination_key order by turn, next_attempt_at, id) as nth
@@ -150,7 +156,7 @@ more as materialized (
     left join rooms on rooms.key = destinations.destination_key
     left join taken on taken.destination_key = destinations.destination_key
     cross join lateral (
-        select id, destination_key, next_attempt_at, payload_bytes
+        select id, destination_key, next_attempt_at, payload_bytes, attempts, max_attempts, reclaims
         from leasehold.outbox_events
         where delivery_status = 'pending' and lease_owner is null and reclaims < 3
             and next_attempt_at <= leasehold.early_now()
@@ -166,23 +172,13 @@ more as materialized (
     where destinations.destination_key is not null
     limit (select events from missing)
 ),
-picked as materialized (
-    select id, probation, sum(bytes) over (order by turn, next_attempt_at, id) - bytes as before
-    from (
-        select id, next_attempt_at, turn, probation, case when payload_bytes <= $13 then payload_bytes else 0 end as bytes
-        from first_picked
-        union all
-        select id, next_attempt_at, 3, false, case when payload_bytes <= $13 then payload_bytes else 0 end
-        from more
-    ) as candidate
-),
 -- Leases and events on probation had to be ranked before they could be locked. What others have locked is left out;
--- what changed since is seen as it is now. No payload goes through the steps: only its size.
-locked as materialized (
+-- what changed since is seen as it is now.
+ranked as materialized (
     select event.id, event.attempts, event.max_attempts, event.next_attempt_at, event.reclaims,
         event.lease_owner is not null as reclaimed, event.payload_bytes as bytes
     from leasehold.outbox_events as event
-    where event.id = any (array(select id from picked where before <= $14))
+    where event.id = any (array(select id from first_picked where turn < 2))
         and event.delivery_status = 'pending'
         and event.next_attempt_at <= leasehold.early_now()
         and (
@@ -192,9 +188,17 @@ locked as materialized (
         )
         and (
             event.reclaims + (event.lease_owner is not null)::int < 3
-            or event.id = any (array(select id from picked where probation))
+            or event.id = any (array(select id from first_picked where probation))
         )
     for no key update skip locked
+),
+-- No payload goes through the steps: only its size.
+locked as materialized (
+    select * from ranked
+    union all
+    select id, attempts, max_attempts, next_attempt_at, reclaims, false, payload_bytes from first_picked where turn = 2
+    union all
+    select id, attempts, max_attempts, next_attempt_at, reclaims, false, payload_bytes from more
 ),
 sized as materialized (
     select locked.*,
@@ -263,8 +267,7 @@ select
     search.expired as searched,
     case
     -- Cut off by the bytes: there is more, and it is due.
-    when (select count(*) from granted) < (select count(*) from locked)
-        or exists (select from picked where before > $14) then 0
+    when (select count(*) from granted) < (select count(*) from locked) then 0
     when (select count(*) from granted) < $8 then (
         select (extract(epoch from next_attempt_at - server.early) * 1000000)::bigint
         from leasehold.outbox_events
