@@ -178,9 +178,6 @@ impl Parts {
     }
 }
 
-/// Scheme and authority.
-pub(super) type Origin = (bool, String);
-
 struct Idle {
     connection: Connection,
     since: Instant,
@@ -192,7 +189,8 @@ pub(super) struct Pool(Arc<Mutex<Shelf>>);
 
 #[derive(Default)]
 struct Shelf {
-    idle: HashMap<Origin, Vec<Idle>>,
+    /// By scheme and authority.
+    idle: HashMap<Arc<str>, Vec<Idle>>,
     count: usize,
     /// Whether a sweeper is at work. There is one only while something is idle.
     swept: bool,
@@ -200,7 +198,7 @@ struct Shelf {
 
 impl Pool {
     /// The connection that was used last, if one is still good.
-    pub(super) async fn take(&self, origin: &Origin) -> Option<Connection> {
+    pub(super) async fn take(&self, origin: &str) -> Option<Connection> {
         loop {
             let Idle { mut connection, since } = lock(&self.0).pop(origin)?;
             connection.0.open.store(true, Ordering::Relaxed);
@@ -211,13 +209,13 @@ impl Pool {
     }
 
     /// Keeps a connection for the next request, if there is room.
-    pub(super) fn put(&self, origin: Origin, connection: Connection) {
+    pub(super) fn put(&self, origin: &Arc<str>, connection: Connection) {
         connection.0.open.store(false, Ordering::Relaxed);
         let mut shelf = lock(&self.0);
         if shelf.count >= IDLE_IN_ALL {
             return;
         }
-        shelf.idle.entry(origin).or_default().push(Idle { connection, since: Instant::now() });
+        shelf.idle.entry(Arc::clone(origin)).or_default().push(Idle { connection, since: Instant::now() });
         shelf.count += 1;
         if !std::mem::replace(&mut shelf.swept, true) {
             tokio::spawn(sweep(Arc::downgrade(&self.0)));
@@ -226,7 +224,7 @@ impl Pool {
 }
 
 impl Shelf {
-    fn pop(&mut self, origin: &Origin) -> Option<Idle> {
+    fn pop(&mut self, origin: &str) -> Option<Idle> {
         let idle = self.idle.get_mut(origin)?.pop()?;
         self.count -= 1;
         Some(idle)

@@ -1,9 +1,12 @@
 //! Where requests may go: what a destination URL must look like, and the addresses that may be connected to.
 
+use std::collections::HashMap;
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::str::FromStr;
+use std::sync::{Arc, Mutex, PoisonError};
 
+use hyper::header::HeaderValue;
 use hyper::http::uri::PathAndQuery;
 use ipnet::IpNet;
 use url::{Host, Url};
@@ -18,7 +21,9 @@ pub struct Destination {
     /// The port, the scheme's own if none is written.
     pub port: u16,
     /// Host, and port if it isn't the scheme's own: for the `host` header.
-    pub(super) authority: String,
+    pub(super) authority: HeaderValue,
+    /// Scheme and authority.
+    pub(super) origin: Arc<str>,
     /// The request target; no fragment.
     pub(super) target: PathAndQuery,
 }
@@ -75,13 +80,52 @@ impl FromStr for Destination {
             Some(port) => format!("{host}:{port}"),
             None => host.to_string(),
         };
+        let origin = format!("{}://{authority}", url.scheme()).into();
+        let authority = HeaderValue::try_from(authority).map_err(|_| DestinationError::NoHost)?;
         let target = match url.query() {
             Some(query) => format!("{}?{query}", url.path()).try_into(),
             None => url.path().try_into(),
         }
         .map_err(|_| DestinationError::Target)?;
         let port = url.port_or_known_default().ok_or(DestinationError::NoHost)?;
-        Ok(Self { https, host, port, authority, target })
+        Ok(Self { https, host, port, authority, origin, target })
+    }
+}
+
+impl Destination {
+    /// For texts.
+    pub(super) fn host_and_port(&self) -> String {
+        format!("{}:{}", self.host, self.port)
+    }
+}
+
+/// Destinations by their URL, parsed: mostly the next event goes where others went.
+#[derive(Debug, Default)]
+pub(super) struct Destinations(Mutex<HashMap<String, Arc<Destination>>>);
+
+impl Destinations {
+    /// At most this many are kept, and none with a URL of more bytes than that.
+    const KEPT: usize = 4096;
+    const LONGEST: usize = 512;
+
+    /// The destination with this URL.
+    ///
+    /// # Errors
+    /// The URL can't be sent to.
+    pub(super) fn get(&self, url: &str) -> Result<Arc<Destination>, DestinationError> {
+        let lock = || self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(destination) = lock().get(url) {
+            return Ok(Arc::clone(destination));
+        }
+        let destination = Arc::new(url.parse::<Destination>()?);
+        if url.len() <= Self::LONGEST {
+            let mut kept = lock();
+            if kept.len() >= Self::KEPT {
+                kept.clear();
+            }
+            kept.insert(url.to_owned(), Arc::clone(&destination));
+        }
+        Ok(destination)
     }
 }
 
@@ -315,10 +359,10 @@ mod tests {
     fn urls() {
         let parsed = |text: &str| text.parse::<Destination>();
         let hook = parsed("HTTPS://Example.COM:443/a b?x={1}#frag").unwrap();
-        assert_eq!((hook.https, hook.port, hook.authority.as_str()), (true, 443, "example.com"));
+        assert_eq!((hook.https, hook.port, hook.authority.to_str().unwrap()), (true, 443, "example.com"));
         assert_eq!(hook.target.as_str(), "/a%20b?x={1}");
         let six = parsed("http://[::1]:8080").unwrap();
-        assert_eq!((six.authority.as_str(), six.target.as_str()), ("[::1]:8080", "/"));
+        assert_eq!((six.authority.to_str().unwrap(), six.target.as_str()), ("[::1]:8080", "/"));
         for text in ["http://2130706433/", "http://0x7f.1/", "http://0177.0.0.1/", "http://127.1/"] {
             assert_eq!(parsed(text).unwrap().host, Host::<String>::Ipv4(Ipv4Addr::LOCALHOST), "{text}");
         }
@@ -336,7 +380,26 @@ mod tests {
             assert_eq!(parsed(text).unwrap_err(), error, "{text}");
             assert!(!error.to_string().contains("secret"));
         }
+        assert_eq!((&*hook.origin, &*six.origin), ("https://example.com", "http://[::1]:8080"));
         let long = format!("https://example.com/{}", "a".repeat(70_000));
         assert_eq!(parsed(&long).unwrap_err(), DestinationError::Target);
+    }
+
+    #[test]
+    fn parsed_once_and_not_kept_without_end() {
+        let destinations = Destinations::default();
+        let count = || destinations.0.lock().unwrap().len();
+        let of = |path: usize| destinations.get(&format!("https://example.com/{path}")).unwrap();
+        let first = of(0);
+        assert!(Arc::ptr_eq(&first, &of(0)));
+        assert_eq!(of(1).target.as_str(), "/1");
+        assert!(destinations.get("ftp://example.com/").is_err());
+        let long = format!("https://example.com/{}", "a".repeat(Destinations::LONGEST));
+        assert_eq!(*destinations.get(&long).unwrap(), long.parse().unwrap());
+        assert_eq!(count(), 2);
+        for path in 0..=Destinations::KEPT {
+            of(path);
+        }
+        assert_eq!((count(), of(0).target.as_str()), (1, "/0"));
     }
 }

@@ -41,11 +41,11 @@ use crate::ports::{Attempt, Gateway};
 
 use classify::{Failure, Phase, classify};
 pub use connection::IDLE_IN_ALL;
-use connection::{Connection, Origin, Outgoing, Pool, Socket, Stream};
-use destination::without_dot;
+use connection::{Connection, Outgoing, Pool, Socket, Stream};
 pub use destination::{
     AddressRules, AllowRule, AllowRuleError, Destination, DestinationError, HostPattern, is_public,
 };
+use destination::{Destinations, without_dot};
 use lookups::Lookups;
 pub use retry_after::retry_after;
 pub use signature::{Secret, SecretError, Signer};
@@ -153,6 +153,7 @@ pub struct HttpGateway {
     signer: Signer,
     hex: Option<HexHeaders>,
     tls: Result<TlsConnector, String>,
+    destinations: Destinations,
     pool: Pool,
     lookups: Lookups,
 }
@@ -181,7 +182,15 @@ impl HttpGateway {
         let signer = Signer::new(&settings.secrets).ok_or(HttpSettingsError::NoSecret)?;
         let hex = settings.hex_prefix.as_deref().map(HexHeaders::new).transpose()?;
         let tls = tls.map(|config| TlsConnector::from(Arc::new(config))).map_err(|error| error.to_string());
-        Ok(Self { settings, signer, hex, tls, pool: Pool::default(), lookups: Lookups::default() })
+        Ok(Self {
+            settings,
+            signer,
+            hex,
+            tls,
+            destinations: Destinations::default(),
+            pool: Pool::default(),
+            lookups: Lookups::default(),
+        })
     }
 
     /// Why `https://` can't be used, if it can't: no certificate authorities were found on this machine. Requests to it
@@ -204,11 +213,10 @@ impl HttpGateway {
         may_start: impl Fn() -> bool,
         known: &OnceLock<AttemptResult>,
     ) -> Result<Option<AttemptResult>, Failure> {
-        let destination: Destination = attempt
-            .message
-            .destination_url
-            .parse()
-            .map_err(|error: DestinationError| Failure::Undeliverable(error.to_string()))?;
+        let destination = self
+            .destinations
+            .get(&attempt.message.destination_url)
+            .map_err(|error| Failure::Undeliverable(error.to_string()))?;
         let request = self.request(attempt, &destination)?;
         if !destination.https && !self.settings.allow_http {
             return Err(Failure::PlainHttp);
@@ -222,18 +230,15 @@ impl HttpGateway {
         let whole = Deadline::new(started, self.settings.request_timeout);
         let connect =
             Deadline::new(started, self.settings.connect_timeout.min(self.settings.request_timeout));
-        let authority = format!("{}:{}", destination.host, destination.port);
-        let origin = (destination.https, destination.authority.clone());
-
-        let connection = match self.pool.take(&origin).await {
+        let connection = match self.pool.take(&destination.origin).await {
             Some(connection) => connection,
             // Mostly not needed, and large: a request that is open should not have room for it.
-            None => Box::pin(self.connect(&destination, &authority, &connect)).await?,
+            None => Box::pin(self.connect(&destination, &connect)).await?,
         };
         if !may_start() {
             return Ok(None);
         }
-        self.exchange(connection, request, &whole, &authority, origin, known).await.map(Some)
+        self.exchange(connection, request, &whole, &destination, known).await.map(Some)
     }
 
     /// The request, signed, with the headers that README lists.
@@ -248,7 +253,7 @@ impl HttpGateway {
         *request.uri_mut() = destination.target.clone().into();
         let headers = request.headers_mut();
         headers.reserve(16);
-        headers.insert(HOST, value(&HOST, &destination.authority)?);
+        headers.insert(HOST, destination.authority.clone());
         headers.insert(USER_AGENT, AGENT);
         headers.insert(CONTENT_TYPE, JSON);
         headers.insert(CONTENT_LENGTH, HeaderValue::from(message.payload.len()));
@@ -279,52 +284,45 @@ impl HttpGateway {
         mut connection: Connection,
         request: Outgoing,
         deadline: &Deadline,
-        authority: &str,
-        origin: Origin,
+        destination: &Destination,
         known: &OnceLock<AttemptResult>,
     ) -> Result<AttemptResult, Failure> {
-        let broken = |error| Failure::Broken { authority: authority.to_owned(), error };
+        let broken = |error| Failure::Broken { authority: destination.host_and_port(), error };
         let response = async { connection.send(request).await.map_err(broken) };
-        let (head, body) = deadline.bound(Phase::Waiting, authority, response).await?.into_parts();
+        let (head, body) = deadline.bound(Phase::Waiting, destination, response).await?.into_parts();
         // The status line decides; an abort while the body is read must not undo it (rule P4).
         let result = classify(Ok(head));
         let _ = known.set(result.clone());
         if let Some(connection) = connection.drain(body, self.settings.response_cap).await {
-            self.pool.put(origin, connection);
+            self.pool.put(&destination.origin, connection);
         }
         Ok(result)
     }
 
     /// A new connection to an address that is allowed.
-    async fn connect(
-        &self,
-        destination: &Destination,
-        authority: &str,
-        deadline: &Deadline,
-    ) -> Result<Connection, Failure> {
-        let addresses = deadline.bound(Phase::Resolving, authority, self.resolve(destination)).await?;
-        let stream = deadline.bound(Phase::Connecting, authority, dial(addresses)).await?;
+    async fn connect(&self, destination: &Destination, deadline: &Deadline) -> Result<Connection, Failure> {
+        let addresses = deadline.bound(Phase::Resolving, destination, self.resolve(destination)).await?;
+        let stream = deadline.bound(Phase::Connecting, destination, dial(addresses)).await?;
         let _ = stream.set_nodelay(true); // slower without it, no worse
         let socket = Socket::new(stream);
         let open = socket.open_flag();
         let stream: Box<dyn Stream> = if destination.https {
-            let handshake = self.handshake(destination, socket, authority);
-            Box::new(deadline.bound(Phase::Handshaking, authority, handshake).await?)
+            let handshake = self.handshake(destination, socket);
+            Box::new(deadline.bound(Phase::Handshaking, destination, handshake).await?)
         } else {
             Box::new(socket)
         };
         Connection::new(stream, open)
             .await
-            .map_err(|error| Failure::Broken { authority: authority.to_owned(), error })
+            .map_err(|error| Failure::Broken { authority: destination.host_and_port(), error })
     }
 
     async fn handshake(
         &self,
         destination: &Destination,
         socket: Socket,
-        authority: &str,
     ) -> Result<impl Stream + 'static, Failure> {
-        let failed = |error| Failure::Tls { authority: authority.to_owned(), error };
+        let failed = |error| Failure::Tls { authority: destination.host_and_port(), error };
         let tls = self.tls.as_ref().map_err(|error| Failure::NoTls(error.clone()))?;
         let name = match &destination.host {
             Host::Domain(name) => ServerName::try_from(without_dot(name).to_owned())
@@ -393,11 +391,11 @@ impl Deadline {
     async fn bound<T>(
         &self,
         phase: Phase,
-        authority: &str,
+        destination: &Destination,
         work: impl Future<Output = Result<T, Failure>>,
     ) -> Result<T, Failure> {
         timeout_at(self.at, work).await.unwrap_or_else(|_| {
-            Err(Failure::TimedOut { phase, authority: authority.to_owned(), after: self.after })
+            Err(Failure::TimedOut { phase, authority: destination.host_and_port(), after: self.after })
         })
     }
 }
