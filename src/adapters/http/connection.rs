@@ -96,8 +96,8 @@ impl AsyncWrite for Socket {
     }
 }
 
-/// A request with its whole body.
-pub(super) type Outgoing = Request<Full<Bytes>>;
+/// A request with its whole body. It passes through many hands, too.
+pub(super) type Outgoing = Box<Request<Full<Bytes>>>;
 
 /// A plain or a TLS stream.
 pub(super) trait Stream: AsyncRead + AsyncWrite + Send + Unpin {}
@@ -124,7 +124,7 @@ impl Connection {
     /// Sends a request and waits for the response's head.
     pub(super) async fn send(&mut self, request: Outgoing) -> Result<Response<Incoming>, hyper::Error> {
         let Parts { sender, driver, driver_ended, .. } = &mut *self.0;
-        let mut response = pin!(sender.send_request(request));
+        let mut response = pin!(sender.send_request(*request));
         poll_fn(|cx| {
             // `drive` can't be called while `response` borrows the sender.
             if !*driver_ended {

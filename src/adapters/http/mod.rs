@@ -22,6 +22,7 @@ use std::fmt;
 use std::future::Future;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
+use std::pin::pin;
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
@@ -275,7 +276,7 @@ impl HttpGateway {
         headers.insert(WEBHOOK_EVENT_TYPE, event_type);
         headers.insert(WEBHOOK_ATTEMPT, HeaderValue::from(number));
         headers.insert(WEBHOOK_LEASE_TOKEN, HeaderValue::from(key.token.0));
-        Ok(request)
+        Ok(Box::new(request))
     }
 
     /// One request on one connection. The connection goes to the pool or is closed before this returns.
@@ -288,8 +289,11 @@ impl HttpGateway {
         known: &OnceLock<AttemptResult>,
     ) -> Result<AttemptResult, Failure> {
         let broken = |error| Failure::Broken { authority: destination.host_and_port(), error };
-        let response = async { connection.send(request).await.map_err(broken) };
-        let (head, body) = deadline.bound(Phase::Waiting, destination, response).await?.into_parts();
+        let (head, body) = {
+            // Pinned here: passed on by value it would have its place twice in every open request.
+            let response = pin!(async { connection.send(request).await.map_err(broken) });
+            deadline.bound(Phase::Waiting, destination, response).await?.into_parts()
+        };
         // The status line decides; an abort while the body is read must not undo it (rule P4).
         let result = classify(Ok(head));
         let _ = known.set(result.clone());
