@@ -297,7 +297,7 @@ impl WorkerSettings {
                 limits,
                 retry,
                 seed,
-                eager_poll: MILLISECOND,
+                eager_poll: MILLISECOND / 10,
                 until_empty: false,
                 #[cfg(feature = "planted-bugs")]
                 planted: None,

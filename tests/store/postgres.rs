@@ -475,7 +475,6 @@ fn claim_query(
         .bind(Vec::<i32>::new())
         .bind(i64::try_from(MAX_PAYLOAD).unwrap())
         .bind(8_i64 * 1024 * 1024)
-        .bind(false)
         .bind(ClaimFailure::AttemptsSpent.last_error())
         .bind(ClaimFailure::ReclaimsSpent.last_error())
         .bind(None::<i64>)
@@ -516,14 +515,15 @@ async fn explain_claim(bed: &Pg, limit: u32, share: u32, full: &str, search: boo
     for (name, value) in PLANS {
         sqlx::raw_sql(AssertSqlSafe(format!("set {name} = {value}"))).execute(&mut connection).await.unwrap();
     }
+    let claim = if search { CLAIM.to_owned() } else { CLAIM.replace("$4", "false") };
     let prepare = format!(
-        "prepare claim (text, bigint, bigint, bool, text, int, int, int, int, int, text[], int[], bigint, bigint, bool,
-             text, text, bigint, bigint, bigint, bigint) as {CLAIM}"
+        "prepare claim (text, bigint, bigint, bool, text, int, int, int, int, int, text[], int[], bigint, bigint, text,
+             text, bigint, bigint, bigint, bigint) as {claim}"
     );
     sqlx::raw_sql(AssertSqlSafe(prepare)).execute(&mut connection).await.unwrap();
     let execute = format!(
         "explain (analyze, buffers, format json) execute claim ('w', 2000000, 200000, {search}, '{}', 100, 0, {limit}, 1,
-             {share}, '{{{full}}}', '{{{}}}', {MAX_PAYLOAD}, 8388608, false, 'attempts', 'reclaims',
+             {share}, '{{{full}}}', '{{{}}}', {MAX_PAYLOAD}, 8388608, 'attempts', 'reclaims',
              {from}, null)",
         bed.incarnation().as_str(),
         if full.is_empty() { "" } else { "0" },

@@ -1,9 +1,9 @@
 -- Rules P1, P10, P11, P13 in one statement. $1 owner, $2 L and $3 G in microseconds, $4 search for expired leases,
 -- $5 the incarnation known, $6 reclaim limit, $7 retry budget, $8 limit, $9 room for events on probation, $10 share per
 -- destination, $11 and $12 destinations with leases held and their room, $13 largest payload, $14 payload in all,
--- $15 whether to say if anything is pending, $16 and $17 errors of what it fails, $18 and $19 the due time in microseconds
--- and the id ahead of which fresh events are passed over, $20 the token below which leases are, $21 the time in
--- microseconds after which it is too late to begin: this takes nothing then (rule P7).
+-- $15 and $16 errors of what it fails, $17 and $18 the due time in microseconds and the id ahead of which fresh events
+-- are passed over, $19 the token below which leases are, $20 the time in microseconds after which it is too late to
+-- begin: this takes nothing then (rule P7).
 with recursive
 server as materialized (
     select
@@ -11,7 +11,7 @@ server as materialized (
         (extract(epoch from pg_postmaster_start_time()) * 1000000)::bigint::text
             || '/' || substr(pg_walfile_name(pg_current_wal_lsn()), 1, 8) as incarnation,
         leasehold.late_now() - pg_postmaster_start_time() as up,
-        leasehold.early_now() <= coalesce('epoch'::timestamptz + $21 * interval '1 microsecond', 'infinity') as valid
+        leasehold.early_now() <= coalesce('epoch'::timestamptz + $20 * interval '1 microsecond', 'infinity') as valid
 ),
 search as materialized (
     select $4 and incarnation = $5 and up >= $2 * interval '1 microsecond' and valid as expired,
@@ -21,15 +21,16 @@ search as materialized (
 rooms as materialized (
     select key, room from unnest($11::text[], $12::int[]) as held (key, room)
 ),
--- Expired leases: the search reads every lease from $20 on, so it is made seldom (rule P10), and what it compares with
--- is computed once.
+-- Expired leases: the search reads every lease from $19 on, so it is made seldom (rule P10), and what it compares with
+-- is computed once. Where $4 is written as `false`, no plan is made for it.
 run_out as materialized (
     select id, destination_key, next_attempt_at, payload_bytes, reclaims + 1 >= 3 as probation,
         row_number() over (partition by destination_key, reclaims + 1 >= 3 order by next_attempt_at, id) as nth
     from leasehold.outbox_events
     where lease_owner is not null
+        and $4
         and (select expired from search)
-        and lease_token >= $20
+        and lease_token >= $19
         and lease_until <= (select ran_out from search)
         and next_attempt_at <= (select early from server)
         and destination_key <> all (array(select key from rooms where room <= 0))
@@ -79,7 +80,7 @@ fresh as materialized (
     where delivery_status = 'pending' and lease_owner is null and reclaims < 3
         and next_attempt_at <= leasehold.early_now()
         and (next_attempt_at, id) >=
-            (coalesce('epoch'::timestamptz + $18 * interval '1 microsecond', '-infinity'), $19)
+            (coalesce('epoch'::timestamptz + $17 * interval '1 microsecond', '-infinity'), $18)
     order by next_attempt_at, id
     limit case when (select valid from server) then $8 else 0 end
     for no key update skip locked
@@ -132,7 +133,7 @@ destinations as (
         select destination_key from leasehold.outbox_events
         where delivery_status = 'pending' and lease_owner is null and reclaims < 3
             and (next_attempt_at, id) >=
-                (coalesce('epoch'::timestamptz + $18 * interval '1 microsecond', '-infinity'), $19)
+                (coalesce('epoch'::timestamptz + $17 * interval '1 microsecond', '-infinity'), $18)
             and (select events from missing) > 0
         order by destination_key
         limit 1
@@ -142,7 +143,7 @@ destinations as (
         select event.destination_key from leasehold.outbox_events as event
         where event.delivery_status = 'pending' and event.lease_owner is null and event.reclaims < 3
             and (event.next_attempt_at, event.id) >=
-                (coalesce('epoch'::timestamptz + $18 * interval '1 microsecond', '-infinity'), $19)
+                (coalesce('epoch'::timestamptz + $17 * interval '1 microsecond', '-infinity'), $18)
             and event.destination_key > destinations.destination_key
         order by event.destination_key
         limit 1
@@ -163,7 +164,7 @@ more as materialized (
             -- Not `=`: then the index on the due time alone would give this order too, and read the backlog of others.
             and outbox_events.destination_key between destinations.destination_key and destinations.destination_key
             and (next_attempt_at, id) >=
-                (coalesce('epoch'::timestamptz + $18 * interval '1 microsecond', '-infinity'), $19)
+                (coalesce('epoch'::timestamptz + $17 * interval '1 microsecond', '-infinity'), $18)
             and id <> all (array(select first_picked.id from first_picked))
         order by outbox_events.destination_key, next_attempt_at, id
         limit greatest(coalesce(room, $10) - coalesce(taken.events, 0), 0)
@@ -230,7 +231,7 @@ claimed as (
         lease_until = case when spent is null then late + $2 * interval '1 microsecond' end,
         reclaims = event.reclaims + reclaimed::int,
         delivery_status = case when spent is null then 'pending' else 'failed' end,
-        last_error = case spent when 'attempts' then $16 when 'reclaims' then $17 else event.last_error end,
+        last_error = case spent when 'attempts' then $15 when 'reclaims' then $16 else event.last_error end,
         updated_at = late
     from granted
     where event.id = granted.id
@@ -245,7 +246,7 @@ front as materialized (
     where delivery_status = 'pending' and lease_owner is null and reclaims < 3
         and next_attempt_at <= leasehold.early_now()
         and (next_attempt_at, id) >=
-            (coalesce('epoch'::timestamptz + $18 * interval '1 microsecond', '-infinity'), $19)
+            (coalesce('epoch'::timestamptz + $17 * interval '1 microsecond', '-infinity'), $18)
         and id not in (select granted.id from granted)
     order by next_attempt_at, id
     limit 1
@@ -257,7 +258,7 @@ select
     case when search.expired then coalesce(
         (
             select lease_token from leasehold.outbox_events
-            where lease_owner is not null and lease_token >= $20
+            where lease_owner is not null and lease_token >= $19
             order by lease_token
             limit 1
         ),
@@ -276,17 +277,5 @@ select
         order by next_attempt_at
         limit 1
     ) end as next_due_in,
-    case when $15 then
-        -- The table is seen as before this statement: what it fails is pending no more.
-        exists (select from leasehold.outbox_events
-            where delivery_status = 'pending' and lease_owner is null and reclaims < 3
-                and id <> all (array(select granted.id from granted where spent is not null)))
-        or exists (select from leasehold.outbox_events
-            where delivery_status = 'pending' and lease_owner is null and reclaims >= 3
-                and id <> all (array(select granted.id from granted where spent is not null)))
-        or exists (select from leasehold.outbox_events
-            where lease_owner is not null
-                and id <> all (array(select granted.id from granted where spent is not null)))
-    end as any_pending,
     claimed.*
 from server cross join search left join front on true left join claimed on true

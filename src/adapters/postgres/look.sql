@@ -16,7 +16,6 @@ select
         order by next_attempt_at
         limit 1
     ) as next_due_in,
-    null::boolean as any_pending,
     null::bigint as id
 where
     not exists (

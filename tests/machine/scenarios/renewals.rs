@@ -51,7 +51,7 @@ fn a_row_locked_twice_is_renewed_alone_and_holds_up_nobody() {
     bed.add(2, "http://b");
     bed.run(MS);
     let mut alone = None;
-    for _ in 0..2_000 {
+    for _ in 0..20_000 {
         let Some(at) = bed.worker.next_wakeup() else { break };
         bed.now = bed.now.max(at);
         bed.wake();
