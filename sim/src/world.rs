@@ -16,8 +16,9 @@ use crate::trace::Trace;
 /// What the database's clock shows when a run begins.
 pub const EPOCH: i64 = 1_700_000_000_000_000;
 
-/// More events than any run needs.
-const MOST_STEPS: u64 = 2_000_000;
+/// More events than any run needs. Who holds leases wakes every half of `M`, which may be a millisecond: two million were
+/// not enough for four minutes of four workers.
+const MOST_STEPS: u64 = 10_000_000;
 
 /// Which simulator runs a schedule.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

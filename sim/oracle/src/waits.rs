@@ -74,8 +74,10 @@ impl Oracle {
         };
         self.stats.checked[Invariant::L3 as usize] += 1;
         let overdue = u64::try_from(self.db.at(self.now) - event.due).unwrap_or(0);
+        // The next poll itself, looks that unknown claims ask for and that go first, and claims that came too late to
+        // begin (rule P7): with calls that take most of `R` each there were two of these, and five looks.
         let poll =
-            self.terms.iter().map(|terms| terms.poll_interval + 4 * terms.store_timeout).max().unwrap_or(0);
+            self.terms.iter().map(|terms| terms.poll_interval + 8 * terms.store_timeout).max().unwrap_or(0);
         let late = self.db.at(event.freed_at).max(self.db_highest) - event.due > LATE;
         let bound = (self.now - overdue.min(self.now)).max(event.freed_at).max(event.unlocked_at).max(ready)
             + poll

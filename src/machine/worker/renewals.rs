@@ -33,8 +33,9 @@ pub(super) struct Renewals {
 }
 
 impl Worker {
-    /// A run of statements begins when the oldest lease is three quarters of `H` old, takes all that are at least `H/2`
-    /// old, and is over when none is left. The last quarter is the slack for a first failed try.
+    /// A run of statements begins when the oldest lease is seven eighths of `H` old, takes all that are at least `H/2`
+    /// old, and is over when none is left. The last eighth is for those that wait for the statements before theirs; a
+    /// first failed try has its time in the rule `H + 2R + M <= L`.
     pub(super) fn renewal_due_at(&self) -> Option<Moment> {
         if self.renewals.batch.is_some() && !planted!(self, TwoRenewals) {
             return None;
@@ -44,7 +45,7 @@ impl Worker {
         if planted!(self, HeartbeatLate) {
             return Some(oldest.after(self.timing().lease()).max(self.renewals.retry_at));
         }
-        let age = if self.renewals.more { half } else { half + half / 2 };
+        let age = if self.renewals.more { half } else { half + half * 3 / 4 };
         Some(oldest.after(age).max(self.renewals.retry_at))
     }
 

@@ -70,7 +70,7 @@ fn an_outcome_that_crosses_its_abort_is_kept() {
 fn an_outcome_that_crosses_the_abort_of_a_lost_lease_is_counted_and_settles_nothing() {
     let (mut bed, key) = one_open();
     bed.row_mut(1).token.0 += 1;
-    bed.run(8 * SECOND);
+    bed.run(9 * SECOND);
     assert!(bed.seen.contains(&Observation::HeartbeatEnded { key, why: HeartbeatEnd::Lost }));
     bed.pending.clear();
     bed.respond(key, 200);

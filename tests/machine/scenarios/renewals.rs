@@ -37,7 +37,7 @@ fn a_fast_delivery_costs_no_heartbeat() {
 fn a_refused_renewal_aborts_at_once() {
     let (mut bed, key) = one_open();
     bed.row_mut(1).token.0 += 1;
-    bed.run(8 * SECOND);
+    bed.run(9 * SECOND);
     assert!(bed.seen.contains(&Observation::HeartbeatEnded { key, why: HeartbeatEnd::Lost }));
     assert!(bed.worker.open() == 1, "until its socket is closed");
     bed.confirm_abort(key);
@@ -110,18 +110,18 @@ fn nothing_starts_while_a_renewal_is_overdue() {
 #[test]
 fn a_renewed_deadline_counts_from_the_renewals_send() {
     let (mut bed, key) = one_open();
-    bed.pass(8 * SECOND);
+    bed.pass(9 * SECOND);
     let at = bed
         .pending
         .iter()
         .position(|action| matches!(action, Action::Renew(..)))
-        .expect("it fell due at 7.5 s");
+        .expect("it fell due at 8.75 s");
     let renew = bed.pending.remove(at);
     bed.now = bed.now.after(4 * SECOND);
     bed.answer(renew);
     bed.pending.clear();
-    // Sent 7.5 s after the claim: fenced 27 s later, not 27 s after the reply.
-    bed.pass(22_400 * MS);
+    // Sent 8.75 s after the claim: fenced 27 s later, not 27 s after the reply.
+    bed.pass(22_700 * MS);
     assert!(!bed.seen.iter().any(|seen| matches!(seen, Observation::Fenced { .. })));
     bed.pass(200 * MS);
     assert!(bed.seen.contains(&Observation::Fenced { key, open: true }));
@@ -173,7 +173,7 @@ fn a_hundred_thousand_leases_are_renewed_in_full_statements_without_a_late_one()
         }
     }
     bed.worker.assert_invariants();
-    assert_eq!(statements, 500, "a hundred statements every three quarters of H");
+    assert_eq!(statements, 400, "a hundred statements every seven eighths of H");
     let least = bed.rows.values().filter_map(|(row, _)| row.lease.as_ref()).map(|lease| lease.until).min();
     assert!(
         least.is_some_and(|until| until.since(bed.db().late) > 15 * SECOND),
@@ -191,12 +191,12 @@ fn more_than_a_statement_of_ripe_leases_is_renewed_in_one_go() {
         bed.add(id, "http://a");
     }
     bed.run(SECOND);
-    // Confirmed later: more than half of H old when the run begins, but not three quarters.
+    // Confirmed later: more than half of H old when the run begins, but not seven eighths.
     for id in 1_001..=1_200 {
         bed.add(id, "http://a");
     }
     let (start, mut renewals) = (bed.now, Vec::new());
-    while bed.now.since(start) < 8 * SECOND {
+    while bed.now.since(start) < 9 * SECOND {
         bed.now = bed.now.max(bed.worker.next_wakeup().expect("it polls"));
         bed.wake();
         while !bed.pending.is_empty() {
