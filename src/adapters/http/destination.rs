@@ -99,8 +99,8 @@ impl Destination {
     }
 }
 
-/// Destinations by their URL, parsed: mostly the next event goes where others went.
-#[derive(Debug, Default)]
+/// Destinations by their URL, parsed: mostly the next event goes where others went. No `Debug`: URLs may hold secrets.
+#[derive(Default)]
 pub(super) struct Destinations(Mutex<HashMap<String, Arc<Destination>>>);
 
 impl Destinations {
