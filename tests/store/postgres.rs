@@ -169,7 +169,7 @@ fn a_claim_that_commits_late_keeps_its_rows_to_itself() {
             .await
             .unwrap()
             .iter()
-            .map(|row| row.get("id"))
+            .filter_map(|row| row.get("id"))
             .collect();
         assert_eq!(claimed, [rows[0]]);
         // Its claim isn't committed: the row is left out, and what is free is taken.

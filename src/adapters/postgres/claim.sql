@@ -194,7 +194,7 @@ ranked as materialized (
     for no key update skip locked
 ),
 -- No payload goes through the steps: only its size.
-locked as materialized (
+locked as (
     select * from ranked
     union all
     select id, attempts, max_attempts, next_attempt_at, reclaims, false, payload_bytes from first_picked where turn = 2
@@ -209,8 +209,18 @@ sized as materialized (
     window claim_order as (order by next_attempt_at, id rows unbounded preceding)
 ),
 -- The late clock is read once every row is locked.
+clock as materialized (
+    select late, late + $2 * interval '1 microsecond' as until,
+        (extract(epoch from date_trunc('milliseconds', late)) * 1000)::bigint as millis, rows, allowed
+    from (
+        select leasehold.late_now() as late, rows, allowed
+        from (
+            select count(*) as rows, count(*) filter (where place = 1 or total <= $14) as allowed from sized
+        ) as every_row
+    ) as read
+),
 granted as materialized (
-    select sized.*, leasehold.late_now() as late,
+    select sized.*,
         case
             when attempts >= case when $7 = 0 then max_attempts else least(max_attempts, $7::bigint + 1) end then 'attempts'
             when $6 > 0 and reclaims + reclaimed::int > $6 then 'reclaims'
@@ -222,18 +232,15 @@ claimed as (
     update leasehold.outbox_events as event set
         lease_token = case
             when spent is not null and not reclaimed then event.lease_token
-            else greatest(
-                event.lease_token + 1,
-                (extract(epoch from date_trunc('milliseconds', late)) * 1000)::bigint
-            )
+            else greatest(event.lease_token + 1, millis)
         end,
         lease_owner = case when spent is null then $1 end,
-        lease_until = case when spent is null then late + $2 * interval '1 microsecond' end,
+        lease_until = case when spent is null then until end,
         reclaims = event.reclaims + reclaimed::int,
         delivery_status = case when spent is null then 'pending' else 'failed' end,
         last_error = case spent when 'attempts' then $15 when 'reclaims' then $16 else event.last_error end,
         updated_at = late
-    from granted
+    from granted cross join clock
     where event.id = granted.id
     returning event.id, event.lease_token, event.reclaims, spent, reclaimed, place,
         event.event_id, event.event_type, event.destination_url, event.destination_key, event.attempts,
@@ -250,32 +257,35 @@ front as materialized (
         and id not in (select granted.id from granted)
     order by next_attempt_at, id
     limit 1
-)
-select
-    (extract(epoch from leasehold.late_now()) * 1000000)::bigint as db_now,
-    (extract(epoch from coalesce(front.due, server.early)) * 1000000)::bigint as front_due,
-    coalesce(front.id, 9223372036854775807) as front_id,
-    case when search.expired then coalesce(
-        (
-            select lease_token from leasehold.outbox_events
-            where lease_owner is not null and lease_token >= $19
-            order by lease_token
+),
+header as materialized (
+    select
+        (extract(epoch from leasehold.late_now()) * 1000000)::bigint as db_now,
+        (extract(epoch from coalesce(front.due, server.early)) * 1000000)::bigint as front_due,
+        coalesce(front.id, 9223372036854775807) as front_id,
+        case when search.expired then coalesce(
+            (
+                select lease_token from leasehold.outbox_events
+                where lease_owner is not null and lease_token >= $19
+                order by lease_token
+                limit 1
+            ),
+            9223372036854775807
+        ) end as leases_front,
+        server.incarnation,
+        search.expired as searched,
+        case
+        -- Cut off by the bytes: there is more, and it is due.
+        when clock.allowed < clock.rows then 0
+        when clock.allowed < $8 then (
+            select (extract(epoch from next_attempt_at - server.early) * 1000000)::bigint
+            from leasehold.outbox_events
+            where delivery_status = 'pending' and lease_owner is null and reclaims < 3
+                and next_attempt_at > leasehold.early_now()
+            order by next_attempt_at
             limit 1
-        ),
-        9223372036854775807
-    ) end as leases_front,
-    server.incarnation,
-    search.expired as searched,
-    case
-    -- Cut off by the bytes: there is more, and it is due.
-    when (select count(*) from granted) < (select count(*) from locked) then 0
-    when (select count(*) from granted) < $8 then (
-        select (extract(epoch from next_attempt_at - server.early) * 1000000)::bigint
-        from leasehold.outbox_events
-        where delivery_status = 'pending' and lease_owner is null and reclaims < 3
-            and next_attempt_at > leasehold.early_now()
-        order by next_attempt_at
-        limit 1
-    ) end as next_due_in,
-    claimed.*
-from server cross join search left join front on true left join claimed on true
+        ) end as next_due_in
+    from server cross join search cross join clock left join front on true
+)
+-- One row of what is said once, and one for each event: repeated, it would be computed and sent with each of them.
+select header.*, claimed.* from header full join claimed on false

@@ -606,7 +606,15 @@ fn read_answers(
 }
 
 fn read_claim(rows: &[PgRow]) -> Result<Claimed, sqlx::Error> {
-    let header = rows.first().ok_or(sqlx::Error::RowNotFound)?;
+    // One row of what is said once, wherever it stands, and one for each event.
+    let mut header = None;
+    for row in rows {
+        if row.try_get::<Option<i64>, _>("db_now")?.is_some() {
+            header = Some(row);
+            break;
+        }
+    }
+    let header = header.ok_or(sqlx::Error::RowNotFound)?;
     let next_due_in: Option<i64> = header.try_get("next_due_in")?;
     let front = Place {
         due: DbTime::from_micros(header.try_get("front_due")?),
