@@ -153,11 +153,14 @@ impl Bed {
         self.answer_all();
     }
 
-    pub(crate) fn answer_all(&mut self) {
+    /// Returns the actions that came of the answers.
+    pub(crate) fn answer_all(&mut self) -> Vec<Action> {
+        let mut actions = Vec::new();
         while !self.pending.is_empty() {
             let action = self.pending.remove(0);
-            self.answer(action);
+            actions.extend(self.answer(action));
         }
+        actions
     }
 
     /// Applies a store call and gives the reply.

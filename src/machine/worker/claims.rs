@@ -235,7 +235,10 @@ impl Worker {
             return Some(self.now);
         }
         let search = self.may_search().then(|| self.search_due_at());
-        Some(search.map_or(self.claims.at, |search| search.min(self.claims.at)))
+        // A hint may come while a claim is under way, or so soon after a claim from the beginning that the one it led to
+        // started at the front.
+        let asked = self.claims.queue.asked.then_some(self.claims.queue.soonest);
+        [search, asked].into_iter().flatten().chain([self.claims.at]).min()
     }
 
     pub(super) fn start_claim(&mut self) {
@@ -263,6 +266,7 @@ impl Worker {
         let whole = self.settings.until_empty && !self.claims.backlog;
         let db_now = self.db_now();
         let (from, rescans) = if whole {
+            self.claims.queue.asked = false;
             (None, true)
         } else {
             self.claims.queue.start(self.now, |back| Place::ahead_of(db_now.before(back)))

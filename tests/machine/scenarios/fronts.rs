@@ -92,7 +92,7 @@ fn fail_slowly(bed: &mut Bed) {
         let mut actions = bed.wake().into_iter();
         match actions.find(|action| matches!(action, Action::Claim(_, claim) if is_rescan(bed, claim))) {
             Some(action) => break Bed::request_of(&action),
-            None => bed.answer_all(),
+            None => drop(bed.answer_all()),
         }
     };
     bed.pending.clear();
@@ -157,7 +157,7 @@ fn a_scan_that_failed_is_made_again_soon_and_then_ever_later() {
                 .find(|action| matches!(action, Action::Claim(_, claim) if is_rescan(&bed, claim)));
             match action {
                 Some(action) => break Bed::request_of(&action),
-                None => bed.answer_all(),
+                None => drop(bed.answer_all()),
             }
         };
         waits.push(bed.now.since(start).as_secs());
@@ -192,6 +192,49 @@ fn a_hint_a_new_server_and_a_clock_set_back_lead_to_the_beginning() {
     let before = ahead.db().early;
     let claims = claims_within(&mut ahead, 50 * MS);
     assert!(claims[1..].iter().all(|(_, claim)| claim.from < Some(Place::behind(before))), "{claims:?}");
+}
+
+/// When claims start at the beginning after a hint that comes `after` that long since one such claim began, which takes
+/// 10 ms. The worker sleeps.
+fn rescans_after_a_hint(after: Duration) -> Vec<Duration> {
+    let mut bed = Bed::new(settings());
+    bed.run(3 * SECOND);
+    while !bed.wake().iter().any(|action| matches!(action, Action::Claim(_, claim) if claim.from.is_none())) {
+        bed.answer_all();
+        bed.now = bed.worker.next_wakeup().expect("it polls");
+    }
+    let early = after.min(10 * MS);
+    bed.pass(early);
+    if early == after {
+        bed.give(Input::Hint);
+    }
+    bed.pass(10 * MS - early);
+    bed.answer_all();
+    if early < after {
+        bed.pass(after - early);
+        bed.give(Input::Hint);
+        bed.answer_all();
+    }
+    rescans_within(&mut bed, 240 * MS)
+}
+
+#[test]
+fn a_hint_while_a_claim_is_under_way_or_soon_after_one_leads_to_the_beginning_before_the_next_poll() {
+    assert_eq!(rescans_after_a_hint(5 * MS), [100 * MS], "while the claim was under way");
+    assert_eq!(rescans_after_a_hint(40 * MS), [70 * MS], "after it");
+}
+
+#[test]
+fn a_hint_makes_a_worker_that_waits_for_an_empty_outbox_claim_once() {
+    let mut settings = settings();
+    settings.until_empty = true;
+    let mut bed = Bed::new(settings);
+    bed.add(1, "http://a");
+    bed.row_mut(1).next_attempt_at = bed.db().early.after(60 * SECOND);
+    bed.run(3 * SECOND);
+    bed.give(Input::Hint);
+    bed.answer_all();
+    assert!(claims_within(&mut bed, 240 * MS).is_empty());
 }
 
 /// The next search for expired leases, which takes that long.

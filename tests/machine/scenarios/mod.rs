@@ -78,12 +78,13 @@ fn claims_within(bed: &mut Bed, duration: Duration) -> Vec<(Duration, ClaimReque
     let mut claims = Vec::new();
     while let Some(at) = bed.worker.next_wakeup().filter(|at| *at < until) {
         bed.now = bed.now.max(at);
-        for action in bed.wake() {
+        let mut actions = bed.wake();
+        actions.extend(bed.answer_all());
+        for action in actions {
             if let Action::Claim(_, claim) = action {
                 claims.push((bed.now.since(start), claim));
             }
         }
-        bed.answer_all();
     }
     claims
 }
