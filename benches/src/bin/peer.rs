@@ -5,16 +5,17 @@ use std::process::Stdio;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, ensure};
-use sqlx::postgres::PgPool;
+use sqlx::postgres::{PgConnectOptions, PgPool};
 use tokio::process::{Child, Command};
 use tokio::time::{Instant, sleep, sleep_until};
 
 /// Tuned by trying a few; every other setting is the default.
-const SETTINGS: [(&str, &str); 4] = [
-    ("MAX_IN_FLIGHT", "64"),
-    ("MAX_IN_FLIGHT_PER_DESTINATION", "1000"),
-    ("CLAIM_BATCH", "500"),
-    ("MAX_LEASED", "1500"),
+const SETTINGS: [(&str, &str); 5] = [
+    ("LEASEHOLD_MAX_IN_FLIGHT", "64"),
+    ("LEASEHOLD_MAX_IN_FLIGHT_PER_DESTINATION", "1000"),
+    ("LEASEHOLD_CLAIM_BATCH", "500"),
+    ("LEASEHOLD_MAX_LEASED", "1500"),
+    ("TOKIO_WORKER_THREADS", "1"),
 ];
 
 fn var(name: &str, default: &str) -> String {
@@ -36,7 +37,7 @@ fn worker(url: &str, arguments: &[&str], latency: bool) -> anyhow::Result<Child>
     // Latency is measured with the defaults.
     if !latency {
         for (name, value) in SETTINGS {
-            command.env(format!("LEASEHOLD_{name}"), var(name, value));
+            command.env(name, var(name, value));
         }
     }
     command.spawn().context("leasehold lies beside this program: build both")
@@ -48,6 +49,9 @@ const INSERT: &str = r#"
     select id, 'bench.event', $3, jsonb_build_object('id', id, 'pad', repeat('x', 512 - 44 - length(id)), 'type', 'bench.event')
     from (select coalesce($2, 'evt_' || k) as id from generate_series(0, $1 - 1) as k) as event"#;
 
+/// Whether any event is pending, as `run --until-empty` asks.
+const PENDING: &str = include_str!("../../../src/adapters/postgres/pending.sql");
+
 #[tokio::main(flavor = "current_thread")]
 async fn main() -> anyhow::Result<()> {
     let url = std::env::var("DATABASE_URL").context("DATABASE_URL")?;
@@ -55,31 +59,31 @@ async fn main() -> anyhow::Result<()> {
     let latency = var("MODE", "drain") == "latency";
     let mut migrate = worker(&url, &["migrate"], latency)?;
     ensure!(migrate.wait().await?.success(), "migrate failed");
-    let pool = PgPool::connect(&url).await?;
+    // A probe of the outbox must not read all of it.
+    let pool =
+        PgPool::connect_with(url.parse::<PgConnectOptions>()?.options([("enable_seqscan", "off")])).await?;
+    // It waits for events as a dispatcher does, so that no figure counts how a process starts.
+    let mut running = worker(&url, &["run"], latency)?;
+    sleep(Duration::from_secs(1)).await;
     if latency {
-        let (rate, seconds): (f64, f64) = (var("RATE", "200").parse()?, var("DURATION", "10").parse()?);
-        let mut running = worker(&url, &["run"], latency)?;
-        sleep(Duration::from_millis(500)).await;
         println!("READY");
+        let (rate, seconds): (f64, f64) = (var("RATE", "200").parse()?, var("DURATION", "10").parse()?);
         let start = Instant::now();
         for k in 0..(rate * seconds) as u32 {
             sleep_until(start + Duration::from_secs_f64(f64::from(k) / rate)).await;
             let id = format!("evt_{k}_{}", SystemTime::now().duration_since(UNIX_EPOCH)?.as_micros());
             sqlx::query(INSERT).bind(1_i32).bind(id).bind(&target).execute(&pool).await?;
         }
-        let pending = "select count(*) from leasehold.outbox_events where delivery_status = 'pending'";
-        while sqlx::query_scalar::<_, i64>(pending).fetch_one(&pool).await? > 0 {
-            sleep(Duration::from_millis(5)).await;
-        }
-        println!("DONE");
-        running.kill().await?;
     } else {
         let events: i32 = var("N", "20000").parse()?;
         sqlx::query(INSERT).bind(events).bind(None::<String>).bind(&target).execute(&pool).await?;
         println!("READY");
-        let mut running = worker(&url, &["run", "--until-empty"], latency)?;
-        ensure!(running.wait().await?.success(), "the worker failed");
-        println!("DONE");
     }
+    while sqlx::query_scalar::<_, bool>(PENDING).fetch_one(&pool).await? {
+        ensure!(running.try_wait()?.is_none(), "the worker ended");
+        sleep(Duration::from_millis(10)).await;
+    }
+    println!("DONE");
+    running.kill().await?;
     Ok(())
 }
