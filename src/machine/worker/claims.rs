@@ -234,11 +234,16 @@ impl Worker {
         if (self.claims.backlog && worth) || self.claims.refill {
             return Some(self.now);
         }
-        let search = self.may_search().then(|| self.search_due_at());
+        let mut due = self.claims.at;
+        if self.may_search() {
+            due = due.min(self.search_due_at());
+        }
         // A hint may come while a claim is under way, or so soon after a claim from the beginning that the one it led to
         // started at the front.
-        let asked = self.claims.queue.asked.then_some(self.claims.queue.soonest);
-        [search, asked].into_iter().flatten().chain([self.claims.at]).min()
+        if self.claims.queue.asked {
+            due = due.min(self.claims.queue.soonest);
+        }
+        Some(due)
     }
 
     pub(super) fn start_claim(&mut self) {
