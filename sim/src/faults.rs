@@ -182,7 +182,7 @@ impl World<'_> {
         let local = process.clock.at(now).saturating_add(step).max(0);
         process.clock = LocalClock::new(now, local, ppm);
         self.emit(Fact::WorkerClock { worker, local, ppm });
-        self.clock_touched(worker);
+        self.rearm(worker);
     }
 
     /// A starved process stops or gets its turn, again and again until the fault ends.

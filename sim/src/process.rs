@@ -60,8 +60,6 @@ pub(crate) struct Process {
     pub(crate) inbox: VecDeque<Item>,
     /// When the machine wants to be woken, by the worker's clock.
     due: Option<Moment>,
-    wake_number: u32,
-    wake_at: u64,
     inputs: u32,
     /// Crash after so many more effects.
     pub(crate) crash_amid: Option<u32>,
@@ -96,8 +94,6 @@ impl World<'_> {
             draining: false,
             inbox: VecDeque::new(),
             due: None,
-            wake_number: 0,
-            wake_at: u64::MAX,
             inputs: 0,
             crash_amid: None,
             crash_on_answer: false,
@@ -131,6 +127,7 @@ impl World<'_> {
             self.requests[request as usize].stage = Stage::Over;
         }
         self.slots[slot].process = None;
+        self.set_timer(slot, None);
         self.emit(Fact::WorkerDown { worker, how });
     }
 
@@ -356,52 +353,24 @@ impl World<'_> {
         }
     }
 
-    /// Sees to it that the machine is woken in time.
+    /// Sets the timer by which the machine is woken in time, also after its clock was touched.
     pub(crate) fn rearm(&mut self, worker: u32) {
-        let process = &mut self.processes[worker as usize];
+        let process = &self.processes[worker as usize];
         if process.dead || process.stops > 0 {
             return;
         }
-        if let Some(moment) = process.due {
-            self.arm(worker, moment);
-        }
+        let at = process.due.and_then(|due| process.clock.when(due.as_micros() as i64));
+        self.set_timer(process.slot, at);
     }
 
-    fn arm(&mut self, worker: u32, moment: Moment) {
-        let now = self.now;
+    /// A timer rings.
+    pub(crate) fn wake(&mut self, slot: usize) {
+        let Some(worker) = self.slots[slot].process else { return };
         let process = &mut self.processes[worker as usize];
-        let Some(at) = process.clock.when(moment.as_micros() as i64) else { return };
-        let at = at.max(now);
-        if at < process.wake_at || process.wake_at < now {
-            process.wake_number += 1;
-            process.wake_at = at;
-            let number = process.wake_number;
-            self.at(at, Happening::Wake(worker, number));
-        }
-    }
-
-    /// The worker's clock was touched: whatever timer is armed is wrong.
-    pub(crate) fn clock_touched(&mut self, worker: u32) {
-        self.processes[worker as usize].wake_at = u64::MAX;
-        self.processes[worker as usize].wake_number += 1;
-        self.rearm(worker);
-    }
-
-    /// A timer fired: early, if a later wake-up was asked for since.
-    pub(crate) fn wake(&mut self, worker: u32, number: u32) {
-        let local = self.local(worker);
-        let process = &mut self.processes[worker as usize];
-        if process.dead || process.wake_number != number {
-            return;
-        }
-        process.wake_at = u64::MAX;
         if process.stops > 0 {
             return process.inbox.push_back(Item::Wake);
         }
-        match process.due {
-            Some(due) if due > local => self.arm(worker, due),
-            _ => self.input(worker, Input::Wake),
-        }
+        self.input(worker, Input::Wake);
     }
 }
 

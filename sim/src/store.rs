@@ -240,6 +240,10 @@ impl Store {
         request: &ClaimRequest,
         candidates: impl Iterator<Item = (u8, u32)>,
     ) -> Vec<(u8, u32)> {
+        let mut candidates = candidates.peekable();
+        if candidates.peek().is_none() {
+            return Vec::new();
+        }
         self.rooms.clear();
         for key in &self.keys {
             let room = request.shares.binary_search_by(|(name, _)| name.cmp(key));

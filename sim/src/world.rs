@@ -97,8 +97,8 @@ pub(crate) enum Happening {
     StarveTurn(u32, bool),
     /// For a process: something that its driver does.
     Driver(u32, Item),
-    /// A wake-up, unless a later one was asked for since.
-    Wake(u32, u32),
+    /// The timer of the process in a slot.
+    Wake(u32),
     Arrive(u32),
     LocksTurn(u32),
     Commit(u32),
@@ -110,11 +110,20 @@ pub(crate) enum Happening {
     Healed,
 }
 
+/// A time, then the seed's order of equal times.
+type Order = u128;
+
+/// Of what never happens.
+const NEVER: Order = Order::MAX;
+
+fn time_of(order: Order) -> u64 {
+    (order >> 64) as u64
+}
+
 /// A happening at its time.
 #[derive(Clone, Copy, Debug)]
 struct Due {
-    /// The time, then the seed's order of equal times.
-    order: u128,
+    order: Order,
     happening: Happening,
 }
 
@@ -166,6 +175,8 @@ pub struct World<'a> {
     /// What is to happen, the first last: most of what is added happens soon, so that it finds its place near the end,
     /// in less time than in a heap.
     agenda: Vec<Due>,
+    /// The timer of the process in each slot: each of its inputs sets it anew, so that most never ring.
+    timers: Vec<Order>,
     /// Time-outs of calls, in order for each of the schedule's settings: most never happen.
     timeouts: Vec<VecDeque<(u64, u32)>>,
     pub(crate) worker_settings: Vec<WorkerSettings>,
@@ -228,6 +239,7 @@ impl<'a> World<'a> {
             pace: Rng::new(schedule.seed, "pace"),
             chance: Rng::new(schedule.seed, "chance"),
             agenda: Vec::with_capacity(256),
+            timers: vec![NEVER; schedule.slots.len()],
             timeouts: vec![VecDeque::new(); schedule.settings.len()],
             worker_settings,
             store: Store::new(EPOCH, destinations, forgets_until.is_some(), options.bug),
@@ -266,15 +278,29 @@ impl<'a> World<'a> {
 
     /// Has something happen at a time; equal times are ordered by the seed.
     pub(crate) fn at(&mut self, time: u64, happening: Happening) {
-        self.seq += 1;
-        let tie = (self.ties.bits() & 0xffff_ffff_0000_0000) | u64::from(self.seq);
-        let order = u128::from(time.max(self.now)) << 64 | u128::from(tie);
+        let order = self.order(time);
         let place = self.agenda.iter().rposition(|due| due.order > order).map_or(0, |later| later + 1);
         self.agenda.insert(place, Due { order, happening });
     }
 
     pub(crate) fn after(&mut self, delay: u64, happening: Happening) {
         self.at(self.now.saturating_add(delay), happening);
+    }
+
+    fn order(&mut self, time: u64) -> Order {
+        self.seq += 1;
+        let tie = (self.ties.bits() & 0xffff_ffff_0000_0000) | u64::from(self.seq);
+        Order::from(time.max(self.now)) << 64 | Order::from(tie)
+    }
+
+    /// Sets the timer of the process in a slot.
+    pub(crate) fn set_timer(&mut self, slot: usize, time: Option<u64>) {
+        match time {
+            // Another order of equal times is drawn for another time only.
+            Some(time) if time_of(self.timers[slot]) == time.max(self.now) => {}
+            Some(time) => self.timers[slot] = self.order(time),
+            None => self.timers[slot] = NEVER,
+        }
     }
 
     /// Writes a fact into the history.
@@ -353,7 +379,14 @@ impl<'a> World<'a> {
 
     /// Whatever is due first; a time-out before anything else of the same time.
     fn next(&mut self) -> Option<(u64, Happening)> {
-        let mut first = self.agenda.last().map_or(u64::MAX, |due| (due.order >> 64) as u64);
+        let mut first = self.agenda.last().map_or(NEVER, |due| due.order);
+        let mut rings = None;
+        for (slot, timer) in self.timers.iter().enumerate() {
+            if *timer < first {
+                (first, rings) = (*timer, Some(slot));
+            }
+        }
+        let mut first = time_of(first);
         let mut timed_out = None;
         for (settings, queue) in self.timeouts.iter_mut().enumerate() {
             while let Some(&(at, call)) = queue.front().filter(|(at, _)| *at <= first) {
@@ -369,6 +402,10 @@ impl<'a> World<'a> {
         if let Some((at, call)) = timed_out.and_then(|settings| self.timeouts[settings].pop_front()) {
             return Some((at, Happening::Driver(self.calls[call as usize].worker, Item::TimedOut(call))));
         }
+        if let Some(slot) = rings {
+            self.timers[slot] = NEVER;
+            return Some((first, Happening::Wake(slot as u32)));
+        }
         self.agenda.pop().map(|due| (first, due.happening))
     }
 
@@ -380,7 +417,7 @@ impl<'a> World<'a> {
             Happening::FaultEnds(fault) => self.fault_ends(fault),
             Happening::StarveTurn(fault, stop) => self.starve_turn(fault, stop),
             Happening::Driver(worker, item) => self.drive(worker, item),
-            Happening::Wake(worker, number) => self.wake(worker, number),
+            Happening::Wake(slot) => self.wake(slot as usize),
             Happening::Arrive(statement) => self.arrive(statement),
             Happening::LocksTurn(statement) => self.take_locks(statement),
             Happening::Commit(statement) => self.commit(statement),
