@@ -1,5 +1,6 @@
-//! What a failed call means: one total function.
+//! What a failed call means, for the machine: one total function; and what a command says of it.
 
+use crate::adapters::store::StoreError;
 use crate::machine::StoreFault;
 
 /// What became of a statement that the server refused with this SQLSTATE.
@@ -50,6 +51,16 @@ pub(super) fn after_send(error: &sqlx::Error) -> StoreFault {
         }
         sqlx::Error::Encode(_) => StoreFault::Permanent { error: text },
         _ => StoreFault::Unknown { error: text },
+    }
+}
+
+/// What a command says of an error, with what to do about a schema that is missing.
+pub(super) fn database(doing: &'static str, error: &sqlx::Error) -> StoreError {
+    match error {
+        sqlx::Error::Database(refused) if matches!(refused.code().as_deref(), Some("42P01" | "3F000")) => {
+            StoreError::Schema { missing: text(error) }
+        }
+        _ => StoreError::Database { doing, error: text(error) },
     }
 }
 

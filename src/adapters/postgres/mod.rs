@@ -4,16 +4,16 @@
 //! connections of their own (rule P5). A call whose future is dropped, or that fails, closes its connection; on direct connections
 //! the server then cancels the statement by `statement_timeout`.
 
+mod commands;
 mod connect;
 mod error;
+mod replies;
 mod retire;
 
-use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use bytes::Bytes;
 use sqlx::postgres::{PgArguments, PgListener, PgRow, Postgres as Database};
 use sqlx::query::Query;
 use sqlx::{Connection, Row as _};
@@ -23,13 +23,13 @@ use tokio::time::{Instant, timeout};
 pub use self::connect::PLANS;
 use self::connect::{Hosts, Lane};
 use self::error::{after_send, not_connected, text};
-use super::store::{CLAIM_BYTES, NewEvent, Status, StoreError, clean};
+use self::replies::{read_answers, read_claim, read_owned};
+use super::store::{CLAIM_BYTES, StoreError, clean};
 use crate::machine::{
-    Answer, ClaimFailure, ClaimReply, ClaimRequest, DbTime, DestinationKey, Grant, Incarnation, LeaseKey,
-    OwnedReply, OwnedRequest, Place, RenewReply, RenewRequest, RowId, Settle, SettleReply, SettleRequest,
-    StoreFault, Token, Unsendable, WorkerId,
+    ClaimFailure, ClaimReply, ClaimRequest, LeaseKey, OwnedReply, OwnedRequest, RenewReply, RenewRequest,
+    Settle, SettleReply, SettleRequest, StoreFault, WorkerId,
 };
-use crate::ports::{Claimed, Message, Outbox};
+use crate::ports::{Claimed, Outbox};
 
 /// Sent by the insert trigger while a worker sleeps, and listened to by workers.
 const CHANNEL: &str = "leasehold_events";
@@ -119,176 +119,6 @@ impl Postgres {
             renew: RENEW.replace("/* skip locked */", "skip locked").into(),
             renew_waiting: RENEW.replace("/* skip locked */", "").into(),
         })
-    }
-
-    /// Applies what is missing of the migrations. Safe to run twice and from several processes at once.
-    ///
-    /// # Errors
-    /// When the database refuses.
-    pub async fn migrate(&self) -> Result<(), StoreError> {
-        const DOING: &str = "migrating";
-        let mut connection =
-            self.hosts.connect_plain().await.map_err(|error| database("connecting", &error))?;
-        let encoding = sqlx::raw_sql("show server_encoding").fetch_one(&mut connection).await;
-        let encoding = encoding.and_then(|row| row.try_get::<String, _>(0));
-        let encoding = encoding.map_err(|error| database(DOING, &error))?;
-        if encoding != "UTF8" {
-            // A text without a form in UTF-8 would make the server refuse the whole reply that it is in.
-            let error = format!("the database's encoding is {encoding}: leasehold needs UTF8");
-            return Err(StoreError::Database { doing: DOING, error });
-        }
-        // One transaction with a lock of its own, so that it works through poolers and two first runs don't collide.
-        let mut transaction = connection.begin().await.map_err(|error| database(DOING, &error))?;
-        let run = |sql: &'static str| sqlx::raw_sql(sql);
-        run("select pg_advisory_xact_lock(7311846112204518257)")
-            .execute(&mut *transaction)
-            .await
-            .map_err(|error| database(DOING, &error))?;
-        // `if not exists` would ask for the right to create whether it is there or not.
-        run("do $$ begin
-                 if to_regnamespace('leasehold') is null then
-                     create schema leasehold;
-                 end if;
-                 if to_regclass('leasehold.migrations') is null then
-                     create table leasehold.migrations (
-                         version int primary key, applied_at timestamptz not null default now());
-                 end if;
-             end $$")
-        .execute(&mut *transaction)
-        .await
-        .map_err(|error| database(DOING, &error))?;
-        let applied: Vec<i32> = sqlx::query_scalar("select version from leasehold.migrations")
-            .persistent(false)
-            .fetch_all(&mut *transaction)
-            .await
-            .map_err(|error| database(DOING, &error))?;
-        for (version, sql) in MIGRATIONS.iter().filter(|(version, _)| !applied.contains(version)) {
-            run(sql).execute(&mut *transaction).await.map_err(|error| database(DOING, &error))?;
-            sqlx::query("insert into leasehold.migrations (version) values ($1)")
-                .persistent(false)
-                .bind(version)
-                .execute(&mut *transaction)
-                .await
-                .map_err(|error| database(DOING, &error))?;
-        }
-        transaction.commit().await.map_err(|error| database(DOING, &error))
-    }
-
-    /// Fails with what to do if the schema is missing or older than this program.
-    ///
-    /// # Errors
-    /// [`StoreError::Schema`] or what kept it from looking.
-    pub async fn check_schema(&self) -> Result<(), StoreError> {
-        let version = match self.ask("select max(version) from leasehold.migrations").await {
-            Ok(row) => row.try_get::<Option<i32>, _>(0).map(Option::unwrap_or_default),
-            Err(sqlx::Error::Database(error))
-                if matches!(error.code().as_deref(), Some("42P01" | "3F000")) =>
-            {
-                Ok(0)
-            }
-            Err(error) => Err(error),
-        };
-        let version = version.map_err(|error| database("looking for the schema", &error))?;
-        match MIGRATIONS.last() {
-            Some((newest, _)) if version < *newest => {
-                Err(StoreError::Schema { missing: format!("schema version {version}, needed {newest}") })
-            }
-            _ => Ok(()),
-        }
-    }
-
-    /// Inserts events in one transaction: all or none. Returns their ids, in order.
-    ///
-    /// # Errors
-    /// When the database refuses any of them.
-    pub async fn enqueue(&self, events: &[NewEvent]) -> Result<Vec<String>, StoreError> {
-        self.check_schema().await?;
-        let doing = |error: sqlx::Error| match &error {
-            sqlx::Error::Database(refused) if refused.code().as_deref() == Some("23505") => {
-                StoreError::Duplicate { error: text(&error) }
-            }
-            _ => database("enqueueing", &error),
-        };
-        let mut connection = self.claims.acquire().await.map_err(doing)?;
-        let mut transaction = connection.get().begin().await.map_err(doing)?;
-        let mut ids = Vec::with_capacity(events.len());
-        for batch in events.chunks(1_000) {
-            let column = |of: fn(&NewEvent) -> Option<String>| batch.iter().map(of).collect::<Vec<_>>();
-            let rows: Vec<String> = sqlx::query_scalar(
-                "insert into leasehold.outbox_events
-                     (event_id, event_type, destination_url, payload, max_attempts, next_attempt_at)
-                 select coalesce(event_id, leasehold.new_event_id()), event_type, destination_url, payload::jsonb,
-                     coalesce(max_attempts, 20), coalesce(to_timestamp(next_attempt_at / 1e6), now())
-                 from unnest($1::text[], $2::text[], $3::text[], $4::text[], $5::int[], $6::bigint[]) with ordinality
-                     as event (event_id, event_type, destination_url, payload, max_attempts, next_attempt_at, place)
-                 order by place
-                 returning event_id",
-            )
-            .persistent(false)
-            .bind(column(|event| event.event_id.clone()))
-            .bind(column(|event| Some(event.event_type.clone())))
-            .bind(column(|event| Some(event.destination_url.clone())))
-            .bind(column(|event| Some(event.payload.clone())))
-            .bind(batch.iter().map(|event| event.max_attempts).collect::<Vec<_>>())
-            .bind(batch.iter().map(|event| event.next_attempt_at).collect::<Vec<_>>())
-            .fetch_all(&mut *transaction)
-            .await
-            .map_err(doing)?;
-            ids.extend(rows);
-        }
-        transaction.commit().await.map_err(doing)?;
-        Ok(ids)
-    }
-
-    /// Counts the events.
-    ///
-    /// # Errors
-    /// When the database can't be read or has no schema.
-    pub async fn status(&self) -> Result<Status, StoreError> {
-        self.check_schema().await?;
-        // All of the table is read: with its plans for calls that would be by way of an index.
-        let connection = timeout(self.options.store_timeout, self.hosts.connect_plain()).await;
-        let connection = connection.unwrap_or(Err(sqlx::Error::PoolTimedOut));
-        let mut connection = connection.map_err(|error| database("connecting", &error))?;
-        let row = sqlx::raw_sql(
-            "select
-                 count(*) filter (where delivery_status = 'pending') as pending,
-                 count(*) filter (where delivery_status = 'pending' and lease_owner is null
-                     and next_attempt_at <= leasehold.early_now()) as due,
-                 count(*) filter (where delivery_status = 'pending' and attempts > 0) as retrying,
-                 count(*) filter (where lease_owner is not null) as leased,
-                 count(*) filter (where delivery_status = 'delivered') as delivered,
-                 count(*) filter (where delivery_status = 'failed') as failed,
-                 extract(epoch from leasehold.early_now() - min(next_attempt_at) filter (
-                     where delivery_status = 'pending' and lease_owner is null
-                     and next_attempt_at <= leasehold.early_now()))::float8 as age
-             from leasehold.outbox_events",
-        )
-        .fetch_one(&mut connection)
-        .await
-        .map_err(|error| database("counting events", &error))?;
-        let count = |name: &str| row.try_get::<i64, _>(name).map(i64::unsigned_abs);
-        let read = || -> Result<Status, sqlx::Error> {
-            Ok(Status {
-                pending: count("pending")?,
-                due: count("due")?,
-                retrying: count("retrying")?,
-                leased: count("leased")?,
-                delivered: count("delivered")?,
-                failed: count("failed")?,
-                oldest_due_age_seconds: row.try_get("age")?,
-            })
-        };
-        read().map_err(|error| database("counting events", &error))
-    }
-
-    /// The server's version, for `check`.
-    ///
-    /// # Errors
-    /// When the database can't be reached.
-    pub async fn server_version(&self) -> Result<String, StoreError> {
-        let row = self.ask("show server_version").await;
-        row.and_then(|row| row.try_get(0)).map_err(|error| database("connecting", &error))
     }
 
     /// The one row of a question without parameters, as one message: a pooler in transaction mode may give two messages
@@ -431,18 +261,6 @@ impl Postgres {
     }
 }
 
-const MIGRATIONS: [(i32, &str); 1] =
-    [(1, include_str!("../../../migrations/postgres/0001_create_outbox_events.sql"))];
-
-fn database(doing: &'static str, error: &sqlx::Error) -> StoreError {
-    match error {
-        sqlx::Error::Database(refused) if matches!(refused.code().as_deref(), Some("42P01" | "3F000")) => {
-            StoreError::Schema { missing: text(error) }
-        }
-        _ => StoreError::Database { doing, error: text(error) },
-    }
-}
-
 /// Microseconds as the statements take them.
 fn micros(duration: Duration) -> i64 {
     i64::try_from(duration.as_micros()).unwrap_or(i64::MAX)
@@ -490,7 +308,7 @@ impl Outbox for Postgres {
             .bind(request.owner.as_str().to_owned())
             .bind(ids)
             .bind(tokens)
-            .bind(settles.iter().map(|settle| settle.kind.to_owned()).collect::<Vec<_>>())
+            .bind(settles.iter().map(|settle| settle.kind).collect::<Vec<_>>())
             .bind(settles.iter().map(|settle| settle.delay).collect::<Vec<_>>())
             .bind(settles.iter().map(|settle| settle.error.clone()).collect::<Vec<_>>())
             .bind(settles.iter().map(|settle| settle.status).collect::<Vec<_>>());
@@ -502,17 +320,7 @@ impl Outbox for Postgres {
     async fn owned(&self, request: OwnedRequest) -> Result<OwnedReply, StoreFault> {
         let query = sqlx::query(OWNED).bind(request.owner.as_str().to_owned());
         let rows = self.call(&self.claims, query).await?;
-        let read = || -> Result<OwnedReply, sqlx::Error> {
-            let mut reply = OwnedReply { db_now: DbTime::default(), keys: Vec::new() };
-            for row in &rows {
-                reply.db_now = DbTime::from_micros(row.try_get("db_now")?);
-                if let (Some(id), Some(token)) = (row.try_get("id")?, row.try_get("token")?) {
-                    reply.keys.push(LeaseKey { row: RowId(id), token: Token(token) });
-                }
-            }
-            Ok(reply)
-        };
-        read().map_err(|error| unreadable(&error))
+        read_owned(&rows).map_err(|error| unreadable(&error))
     }
 
     async fn hint(&self) {
@@ -576,128 +384,6 @@ fn flatten(settle: Settle) -> Flat {
             Flat { kind: "release", delay: delay.map(micros), error: None, status: None }
         }
     }
-}
-
-/// The statement names those that were not applied, and how many were.
-fn read_answers(
-    rows: &[PgRow],
-    asked: Vec<LeaseKey>,
-) -> Result<(DbTime, Vec<(LeaseKey, Answer)>), sqlx::Error> {
-    let header = rows.first().ok_or(sqlx::Error::RowNotFound)?;
-    let db_now = DbTime::from_micros(header.try_get("db_now")?);
-    let applied: i64 = header.try_get("applied")?;
-    let mut others = BTreeMap::new();
-    for row in rows {
-        if let Some(id) = row.try_get("id")? {
-            let answer = match row.try_get::<&str, _>("answer")? {
-                "ended" => Answer::Ended,
-                "refused" => Answer::Refused,
-                _ => Answer::Skipped,
-            };
-            others.insert(LeaseKey { row: RowId(id), token: Token(row.try_get("token")?) }, answer);
-        }
-    }
-    if usize::try_from(applied).ok() != asked.len().checked_sub(others.len()) {
-        let error = format!("{} answers and {applied} applied of {}", others.len(), asked.len());
-        return Err(sqlx::Error::Protocol(error));
-    }
-    let answer = |key| (key, others.get(&key).copied().unwrap_or(Answer::Applied));
-    Ok((db_now, asked.into_iter().map(answer).collect()))
-}
-
-fn read_claim(rows: &[PgRow]) -> Result<Claimed, sqlx::Error> {
-    // One row of what is said once, wherever it stands, and one for each event.
-    let mut header = None;
-    for row in rows {
-        if row.try_get::<Option<i64>, _>("db_now")?.is_some() {
-            header = Some(row);
-            break;
-        }
-    }
-    let header = header.ok_or(sqlx::Error::RowNotFound)?;
-    let next_due_in: Option<i64> = header.try_get("next_due_in")?;
-    let front = Place {
-        due: DbTime::from_micros(header.try_get("front_due")?),
-        row: RowId(header.try_get("front_id")?),
-    };
-    let mut reply = ClaimReply {
-        db_now: DbTime::from_micros(header.try_get("db_now")?),
-        incarnation: Incarnation::new(header.try_get::<String, _>("incarnation")?),
-        searched_expired: header.try_get::<Option<bool>, _>("searched")?.unwrap_or(false),
-        grants: Vec::new(),
-        failed: Vec::new(),
-        front: Some(front),
-        leases_front: header.try_get::<Option<i64>, _>("leases_front")?.map(Token),
-        next_due_in: next_due_in.map(|micros| Duration::from_micros(u64::try_from(micros).unwrap_or(0))),
-        any_pending: None,
-    };
-    let mut found = Vec::with_capacity(rows.len());
-    for row in rows {
-        if let Some(id) = row.try_get::<Option<i64>, _>("id")? {
-            found.push((row.try_get::<i64, _>("place")?, id, row));
-        }
-    }
-    found.sort_unstable_by_key(|(place, ..)| *place);
-    let mut messages = Vec::with_capacity(found.len());
-    for (_, id, row) in found {
-        match row.try_get::<Option<&str>, _>("spent")? {
-            Some("attempts") => reply.failed.push((RowId(id), ClaimFailure::AttemptsSpent)),
-            Some(_) => reply.failed.push((RowId(id), ClaimFailure::ReclaimsSpent)),
-            None => {
-                let key = LeaseKey { row: RowId(id), token: Token(row.try_get("lease_token")?) };
-                let (grant, message) = read_event(row, key);
-                reply.grants.push(grant);
-                messages.push(Arc::new(message));
-            }
-        }
-    }
-    Ok(Claimed { reply, messages })
-}
-
-/// Reads one event; what doesn't decode makes this event unsendable and harms no other (rule P6).
-fn read_event(row: &PgRow, key: LeaseKey) -> (Grant, Message) {
-    let read = || -> Result<(Grant, Message), sqlx::Error> {
-        let number =
-            |name: &str| row.try_get::<i32, _>(name).map(|number| u32::try_from(number).unwrap_or(0));
-        let body: Option<String> = row.try_get("body")?;
-        let bytes = u64::try_from(row.try_get::<i32, _>("bytes")?).unwrap_or(0);
-        let grant = Grant {
-            key,
-            destination: DestinationKey::new(row.try_get::<String, _>("destination_key")?),
-            attempts: number("attempts")?,
-            max_attempts: number("max_attempts")?,
-            reclaims: number("reclaims")?,
-            reclaimed: row.try_get("reclaimed")?,
-            unsendable: body.is_none().then_some(Unsendable::Oversized { bytes }),
-        };
-        let message = Message {
-            event_id: row.try_get("event_id")?,
-            event_type: row.try_get("event_type")?,
-            destination_url: row.try_get("destination_url")?,
-            payload: Bytes::from(body.unwrap_or_default()),
-        };
-        Ok((grant, message))
-    };
-    read().unwrap_or_else(|error| {
-        let unsendable = Some(Unsendable::Malformed { error: text(&error) });
-        let destination = DestinationKey::new("malformed");
-        let grant = Grant {
-            key,
-            destination,
-            attempts: 0,
-            max_attempts: 1,
-            reclaims: 0,
-            reclaimed: false,
-            unsendable,
-        };
-        let message = Message {
-            event_id: row.try_get("event_id").unwrap_or_default(),
-            event_type: String::new(),
-            destination_url: String::new(),
-            payload: Bytes::new(),
-        };
-        (grant, message)
-    })
 }
 
 /// Who owns what, for tests and the demo.

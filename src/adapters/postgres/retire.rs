@@ -5,7 +5,8 @@ use std::time::Duration;
 use sqlx::{AssertSqlSafe, Connection as _, PgConnection, Row as _};
 
 use super::connect::Borrowed;
-use super::{Postgres, database, micros, text};
+use super::error::{database, text};
+use super::{Postgres, micros};
 use crate::adapters::store::{Page, Retain, Retired, SETTLED_FOR, StoreError};
 
 /// Held by the one who retires, in the whole database.

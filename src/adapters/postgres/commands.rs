@@ -1,0 +1,183 @@
+//! What the commands ask of the outbox beside a worker's calls: its schema, new events, counts.
+
+use sqlx::{Connection as _, Row as _};
+use tokio::time::timeout;
+
+use super::Postgres;
+use super::error::{database, text};
+use crate::adapters::store::{NewEvent, Status, StoreError};
+
+const MIGRATIONS: [(i32, &str); 1] =
+    [(1, include_str!("../../../migrations/postgres/0001_create_outbox_events.sql"))];
+
+impl Postgres {
+    /// Applies what is missing of the migrations. Safe to run twice and from several processes at once.
+    ///
+    /// # Errors
+    /// When the database refuses.
+    pub async fn migrate(&self) -> Result<(), StoreError> {
+        const DOING: &str = "migrating";
+        let mut connection =
+            self.hosts.connect_plain().await.map_err(|error| database("connecting", &error))?;
+        let encoding = sqlx::raw_sql("show server_encoding").fetch_one(&mut connection).await;
+        let encoding = encoding.and_then(|row| row.try_get::<String, _>(0));
+        let encoding = encoding.map_err(|error| database(DOING, &error))?;
+        if encoding != "UTF8" {
+            // A text without a form in UTF-8 would make the server refuse the whole reply that it is in.
+            let error = format!("the database's encoding is {encoding}: leasehold needs UTF8");
+            return Err(StoreError::Database { doing: DOING, error });
+        }
+        // One transaction with a lock of its own, so that it works through poolers and two first runs don't collide.
+        let mut transaction = connection.begin().await.map_err(|error| database(DOING, &error))?;
+        let run = |sql: &'static str| sqlx::raw_sql(sql);
+        run("select pg_advisory_xact_lock(7311846112204518257)")
+            .execute(&mut *transaction)
+            .await
+            .map_err(|error| database(DOING, &error))?;
+        // `if not exists` would ask for the right to create whether it is there or not.
+        run("do $$ begin
+                 if to_regnamespace('leasehold') is null then
+                     create schema leasehold;
+                 end if;
+                 if to_regclass('leasehold.migrations') is null then
+                     create table leasehold.migrations (
+                         version int primary key, applied_at timestamptz not null default now());
+                 end if;
+             end $$")
+        .execute(&mut *transaction)
+        .await
+        .map_err(|error| database(DOING, &error))?;
+        let applied: Vec<i32> = sqlx::query_scalar("select version from leasehold.migrations")
+            .persistent(false)
+            .fetch_all(&mut *transaction)
+            .await
+            .map_err(|error| database(DOING, &error))?;
+        for (version, sql) in MIGRATIONS.iter().filter(|(version, _)| !applied.contains(version)) {
+            run(sql).execute(&mut *transaction).await.map_err(|error| database(DOING, &error))?;
+            sqlx::query("insert into leasehold.migrations (version) values ($1)")
+                .persistent(false)
+                .bind(version)
+                .execute(&mut *transaction)
+                .await
+                .map_err(|error| database(DOING, &error))?;
+        }
+        transaction.commit().await.map_err(|error| database(DOING, &error))
+    }
+
+    /// Fails with what to do if the schema is missing or older than this program.
+    ///
+    /// # Errors
+    /// [`StoreError::Schema`] or what kept it from looking.
+    pub async fn check_schema(&self) -> Result<(), StoreError> {
+        let version = match self.ask("select max(version) from leasehold.migrations").await {
+            Ok(row) => row.try_get::<Option<i32>, _>(0).map(Option::unwrap_or_default),
+            Err(sqlx::Error::Database(error))
+                if matches!(error.code().as_deref(), Some("42P01" | "3F000")) =>
+            {
+                Ok(0)
+            }
+            Err(error) => Err(error),
+        };
+        let version = version.map_err(|error| database("looking for the schema", &error))?;
+        match MIGRATIONS.last() {
+            Some((newest, _)) if version < *newest => {
+                Err(StoreError::Schema { missing: format!("schema version {version}, needed {newest}") })
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Inserts events in one transaction: all or none. Returns their ids, in order.
+    ///
+    /// # Errors
+    /// When the database refuses any of them.
+    pub async fn enqueue(&self, events: &[NewEvent]) -> Result<Vec<String>, StoreError> {
+        self.check_schema().await?;
+        let doing = |error: sqlx::Error| match &error {
+            sqlx::Error::Database(refused) if refused.code().as_deref() == Some("23505") => {
+                StoreError::Duplicate { error: text(&error) }
+            }
+            _ => database("enqueueing", &error),
+        };
+        let mut connection = self.claims.acquire().await.map_err(doing)?;
+        let mut transaction = connection.get().begin().await.map_err(doing)?;
+        let mut ids = Vec::with_capacity(events.len());
+        for batch in events.chunks(1_000) {
+            let column = |of: fn(&NewEvent) -> Option<String>| batch.iter().map(of).collect::<Vec<_>>();
+            let rows: Vec<String> = sqlx::query_scalar(
+                "insert into leasehold.outbox_events
+                     (event_id, event_type, destination_url, payload, max_attempts, next_attempt_at)
+                 select coalesce(event_id, leasehold.new_event_id()), event_type, destination_url, payload::jsonb,
+                     coalesce(max_attempts, 20), coalesce(to_timestamp(next_attempt_at / 1e6), now())
+                 from unnest($1::text[], $2::text[], $3::text[], $4::text[], $5::int[], $6::bigint[]) with ordinality
+                     as event (event_id, event_type, destination_url, payload, max_attempts, next_attempt_at, place)
+                 order by place
+                 returning event_id",
+            )
+            .persistent(false)
+            .bind(column(|event| event.event_id.clone()))
+            .bind(column(|event| Some(event.event_type.clone())))
+            .bind(column(|event| Some(event.destination_url.clone())))
+            .bind(column(|event| Some(event.payload.clone())))
+            .bind(batch.iter().map(|event| event.max_attempts).collect::<Vec<_>>())
+            .bind(batch.iter().map(|event| event.next_attempt_at).collect::<Vec<_>>())
+            .fetch_all(&mut *transaction)
+            .await
+            .map_err(doing)?;
+            ids.extend(rows);
+        }
+        transaction.commit().await.map_err(doing)?;
+        Ok(ids)
+    }
+
+    /// Counts the events.
+    ///
+    /// # Errors
+    /// When the database can't be read or has no schema.
+    pub async fn status(&self) -> Result<Status, StoreError> {
+        self.check_schema().await?;
+        // All of the table is read: with its plans for calls that would be by way of an index.
+        let connection = timeout(self.options.store_timeout, self.hosts.connect_plain()).await;
+        let connection = connection.unwrap_or(Err(sqlx::Error::PoolTimedOut));
+        let mut connection = connection.map_err(|error| database("connecting", &error))?;
+        let row = sqlx::raw_sql(
+            "select
+                 count(*) filter (where delivery_status = 'pending') as pending,
+                 count(*) filter (where delivery_status = 'pending' and lease_owner is null
+                     and next_attempt_at <= leasehold.early_now()) as due,
+                 count(*) filter (where delivery_status = 'pending' and attempts > 0) as retrying,
+                 count(*) filter (where lease_owner is not null) as leased,
+                 count(*) filter (where delivery_status = 'delivered') as delivered,
+                 count(*) filter (where delivery_status = 'failed') as failed,
+                 extract(epoch from leasehold.early_now() - min(next_attempt_at) filter (
+                     where delivery_status = 'pending' and lease_owner is null
+                     and next_attempt_at <= leasehold.early_now()))::float8 as age
+             from leasehold.outbox_events",
+        )
+        .fetch_one(&mut connection)
+        .await
+        .map_err(|error| database("counting events", &error))?;
+        let count = |name: &str| row.try_get::<i64, _>(name).map(i64::unsigned_abs);
+        let read = || -> Result<Status, sqlx::Error> {
+            Ok(Status {
+                pending: count("pending")?,
+                due: count("due")?,
+                retrying: count("retrying")?,
+                leased: count("leased")?,
+                delivered: count("delivered")?,
+                failed: count("failed")?,
+                oldest_due_age_seconds: row.try_get("age")?,
+            })
+        };
+        read().map_err(|error| database("counting events", &error))
+    }
+
+    /// The server's version, for `check`.
+    ///
+    /// # Errors
+    /// When the database can't be reached.
+    pub async fn server_version(&self) -> Result<String, StoreError> {
+        let row = self.ask("show server_version").await;
+        row.and_then(|row| row.try_get(0)).map_err(|error| database("connecting", &error))
+    }
+}
