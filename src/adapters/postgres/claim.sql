@@ -4,6 +4,10 @@
 -- $15 and $16 errors of what it fails, $17 and $18 the due time in microseconds and the id ahead of which fresh events
 -- are passed over, $19 the token below which leases are, $20 the time in microseconds after which it is too late to
 -- begin: this takes nothing then (rule P7).
+--
+-- Mostly there is nothing to be claimed but the front of the queue. The statement for that is this one without what stands
+-- between `--[` and `--]`, and with the condition in `/* */`: should there be more, it takes nothing and says so, and the
+-- whole one follows.
 with recursive
 server as materialized (
     select
@@ -21,8 +25,9 @@ search as materialized (
 rooms as materialized (
     select key, room from unnest($11::text[], $12::int[]) as held (key, room)
 ),
+--[
 -- Expired leases: the search reads every lease from $19 on, so it is made seldom (rule P10), and what it compares with
--- is computed once. Where $4 is written as `false`, no plan is made for it.
+-- is computed once.
 run_out as materialized (
     select id, destination_key, next_attempt_at, payload_bytes, reclaims + 1 >= 3 as probation,
         row_number() over (partition by destination_key, reclaims + 1 >= 3 order by next_attempt_at, id) as nth
@@ -48,19 +53,24 @@ filled as materialized (
     group by destination_key, room
     having count(*) >= coalesce(room, $10)
 ),
+--]
 probation as materialized (
     select id, destination_key, next_attempt_at, payload_bytes, 1 as turn, true as probation
     from (
+        --[
         select id, destination_key, next_attempt_at, payload_bytes from run_out
         where probation and destination_key <> all (array(select destination_key from filled))
         union all
+        --]
         (
             select id, destination_key, next_attempt_at, payload_bytes
             from leasehold.outbox_events
             where delivery_status = 'pending' and lease_owner is null and reclaims >= 3
                 and next_attempt_at <= leasehold.early_now()
                 and destination_key <> all (array(select key from rooms where room <= 0))
+                --[
                 and destination_key <> all (array(select destination_key from filled))
+                --]
                 and $9 > 0 and (select valid from server)
             order by next_attempt_at, id
             limit $9
@@ -87,9 +97,11 @@ fresh as materialized (
 ),
 found as materialized (
     -- Of what isn't locked yet, the last three are read when it is.
-    select *, 0 as attempts, 0 as max_attempts, 0 as reclaims from expired
+    select *, 0 as attempts, 0 as max_attempts, 0 as reclaims from probation
+    --[
     union all
-    select *, 0, 0, 0 from probation
+    select *, 0, 0, 0 from expired
+    --]
     union all
     select * from fresh
 ),
@@ -100,22 +112,28 @@ crowded as materialized (
     left join rooms on rooms.key = destination_key
     where events > coalesce(room, $10)
 ),
-first_picked as materialized (
+-- Whether there is more to be claimed than the front of the queue.
+beyond as materialized (
+    select exists (select from crowded) or exists (select from probation) as front
+),
+first_picked as (
+    select id, destination_key, next_attempt_at, payload_bytes, turn, probation, attempts, max_attempts, reclaims
+    from found
+    where destination_key <> all (array(select destination_key from crowded))
+    --[
+    union all
     select id, destination_key, next_attempt_at, payload_bytes, turn, probation, attempts, max_attempts, reclaims
     from (
-        select * from found where destination_key <> all (array(select destination_key from crowded))
-        union all
-        select id, destination_key, next_attempt_at, payload_bytes, turn, probation, attempts, max_attempts, reclaims
-        from (
-            select found.*, room,
-                row_number() over (partition by destination_key order by turn, next_attempt_at, id) as nth
-            from found join crowded using (destination_key)
-        ) as numbered
-        where nth <= room
-    ) as allowed
+        select found.*, room,
+            row_number() over (partition by destination_key order by turn, next_attempt_at, id) as nth
+        from found join crowded using (destination_key)
+    ) as numbered
+    where nth <= room
     order by turn, next_attempt_at, id
     limit $8
+    --]
 ),
+--[
 -- The front of the queue was cut off, and shares left some of it out: reach past the destinations that have theirs, by
 -- one index probe for each destination.
 taken as materialized (
@@ -193,13 +211,18 @@ ranked as materialized (
         )
     for no key update skip locked
 ),
+--]
 -- No payload goes through the steps: only its size.
 locked as (
-    select * from ranked
-    union all
-    select id, attempts, max_attempts, next_attempt_at, reclaims, false, payload_bytes from first_picked where turn = 2
+    select id, attempts, max_attempts, next_attempt_at, reclaims, false as reclaimed, payload_bytes as bytes
+    from first_picked
+    where turn = 2
+    --[
     union all
     select id, attempts, max_attempts, next_attempt_at, reclaims, false, payload_bytes from more
+    union all
+    select * from ranked
+    --]
 ),
 sized as materialized (
     select locked.*,
@@ -226,7 +249,7 @@ granted as materialized (
             when $6 > 0 and reclaims + reclaimed::int > $6 then 'reclaims'
         end as spent
     from sized
-    where place = 1 or total <= $14
+    where (place = 1 or total <= $14) /* and not (select front from beyond) */
 ),
 claimed as (
     update leasehold.outbox_events as event set
@@ -274,6 +297,7 @@ header as materialized (
         ) end as leases_front,
         server.incarnation,
         search.expired as searched,
+        (select front from beyond) as beyond_front,
         case
         -- Cut off by the bytes: there is more, and it is due.
         when clock.allowed < clock.rows then 0

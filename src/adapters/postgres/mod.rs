@@ -23,7 +23,7 @@ use tokio::time::{Instant, timeout};
 pub use self::connect::PLANS;
 use self::connect::{Hosts, Lane};
 use self::error::{after_send, not_connected, text};
-use self::replies::{read_answers, read_claim, read_owned};
+use self::replies::{beyond_front, read_answers, read_claim, read_owned};
 use super::store::{CLAIM_BYTES, StoreError, clean};
 use crate::machine::{
     ClaimFailure, ClaimReply, ClaimRequest, LeaseKey, OwnedReply, OwnedRequest, RenewReply, RenewRequest,
@@ -90,9 +90,10 @@ pub struct Postgres {
     asleep_until: Mutex<Option<Instant>>,
     /// Whether the last claim left nothing that was due: then the next one looks first.
     caught_up: AtomicBool,
+    /// Whether there was more to be claimed, last time, than the front of the queue.
+    beyond_front: AtomicBool,
     claim: Arc<str>,
-    /// One that doesn't search for expired leases: most don't, and needn't pay for what they don't do.
-    claim_fresh: Arc<str>,
+    claim_front: Arc<str>,
     renew: Arc<str>,
     renew_waiting: Arc<str>,
 }
@@ -114,8 +115,9 @@ impl Postgres {
             listener: Mutex::new(None),
             asleep_until: Mutex::new(None),
             caught_up: AtomicBool::new(false),
+            beyond_front: AtomicBool::new(false),
             claim: CLAIM.into(),
-            claim_fresh: CLAIM.replace("$4", "false").into(),
+            claim_front: claim_of_front(CLAIM).into(),
             renew: RENEW.replace("/* skip locked */", "skip locked").into(),
             renew_waiting: RENEW.replace("/* skip locked */", "").into(),
         })
@@ -154,19 +156,38 @@ impl Postgres {
     }
 
     async fn claim_or_look(&self, request: ClaimRequest) -> Result<Claimed, StoreFault> {
-        let from_due = request.from.map(|place| place.due.as_micros());
-        let from_id = request.from.map_or(i64::MIN, |place| place.row.0);
         if self.caught_up.load(Ordering::Relaxed) && !request.terms.expired {
-            let look = sqlx::query(LOOK).bind(from_due).bind(from_id);
+            let look = sqlx::query(LOOK)
+                .bind(request.from.map(|place| place.due.as_micros()))
+                .bind(request.from.map_or(i64::MIN, |place| place.row.0));
             let rows = self.call(&self.claims, look).await?;
             if !rows.is_empty() {
                 return read_claim(&rows).map_err(|error| unreadable(&error));
             }
         }
+        let mut front = !request.terms.expired && !self.beyond_front.load(Ordering::Relaxed);
+        let claimed = loop {
+            let rows = self.call(&self.claims, self.claim_query(&request, front)).await?;
+            let beyond = beyond_front(&rows).map_err(|error| unreadable(&error))?;
+            self.beyond_front.store(beyond, Ordering::Relaxed);
+            if !front || !beyond {
+                break read_claim(&rows).map_err(|error| unreadable(&error))?;
+            }
+            front = false;
+        };
+        let ClaimReply { grants, failed, next_due_in, .. } = &claimed.reply;
+        let full = grants.len() + failed.len() >= usize::try_from(request.limit).unwrap_or(usize::MAX);
+        let cut_off = *next_due_in == Some(Duration::ZERO);
+        self.caught_up.store(!full && !cut_off, Ordering::Relaxed);
+        Ok(claimed)
+    }
+
+    /// The claim, or what there is of it at the front of the queue.
+    fn claim_query(&self, request: &ClaimRequest, front: bool) -> Query<'static, Database, PgArguments> {
         let (keys, rooms): (Vec<String>, Vec<i32>) =
             request.shares.iter().map(|(key, room)| (key.as_str().to_owned(), count(*room))).unzip();
-        let claim = if request.terms.expired { &self.claim } else { &self.claim_fresh };
-        let query = sqlx::query(sqlx::AssertSqlSafe(Arc::clone(claim)))
+        let claim = if front { &self.claim_front } else { &self.claim };
+        sqlx::query(sqlx::AssertSqlSafe(Arc::clone(claim)))
             .bind(request.owner.as_str().to_owned())
             .bind(micros(request.terms.lease))
             .bind(micros(request.terms.grace))
@@ -183,17 +204,10 @@ impl Postgres {
             .bind(CLAIM_BYTES)
             .bind(ClaimFailure::AttemptsSpent.last_error())
             .bind(ClaimFailure::ReclaimsSpent.last_error())
-            .bind(from_due)
-            .bind(from_id)
+            .bind(request.from.map(|place| place.due.as_micros()))
+            .bind(request.from.map_or(i64::MIN, |place| place.row.0))
             .bind(request.leases_from.unwrap_or_default().0)
-            .bind(request.terms.valid_until.map(|until| until.as_micros()));
-        let rows = self.call(&self.claims, query).await?;
-        let claimed = read_claim(&rows).map_err(|error| unreadable(&error))?;
-        let ClaimReply { grants, failed, next_due_in, .. } = &claimed.reply;
-        let full = grants.len() + failed.len() >= usize::try_from(request.limit).unwrap_or(usize::MAX);
-        let cut_off = *next_due_in == Some(Duration::ZERO);
-        self.caught_up.store(!full && !cut_off, Ordering::Relaxed);
-        Ok(claimed)
+            .bind(request.terms.valid_until.map(|until| until.as_micros()))
     }
 
     async fn any_pending(&self) -> Result<bool, StoreFault> {
@@ -259,6 +273,20 @@ impl Postgres {
         transaction.commit().await?;
         Ok(rows)
     }
+}
+
+/// The part of the statement that claims from the front of the queue only: see there. It costs a quarter less.
+pub fn claim_of_front(claim: &str) -> String {
+    let mut beyond = false;
+    let lines = claim.lines().filter(|line| {
+        let mark = matches!(line.trim(), "--[" | "--]");
+        if mark {
+            beyond = line.trim() == "--[";
+        }
+        !beyond && !mark
+    });
+    let front: Vec<&str> = lines.collect();
+    front.join("\n").replace("/* and not (select front from beyond) */", "and not (select front from beyond)")
 }
 
 /// Microseconds as the statements take them.

@@ -54,17 +54,24 @@ pub(super) fn read_owned(rows: &[PgRow]) -> Result<OwnedReply, sqlx::Error> {
     Ok(reply)
 }
 
-/// What a claim took, or the look in its place found.
-pub(super) fn read_claim(rows: &[PgRow]) -> Result<Claimed, sqlx::Error> {
-    // One row of what is said once, wherever it stands, and one for each event.
-    let mut header = None;
+/// The one row of a claim's reply, wherever it stands, that says what is said once. The others are an event each.
+fn header(rows: &[PgRow]) -> Result<&PgRow, sqlx::Error> {
     for row in rows {
         if row.try_get::<Option<i64>, _>("db_now")?.is_some() {
-            header = Some(row);
-            break;
+            return Ok(row);
         }
     }
-    let header = header.ok_or(sqlx::Error::RowNotFound)?;
+    Err(sqlx::Error::RowNotFound)
+}
+
+/// Whether there was more to be claimed than the front of the queue.
+pub(super) fn beyond_front(rows: &[PgRow]) -> Result<bool, sqlx::Error> {
+    header(rows)?.try_get("beyond_front")
+}
+
+/// What a claim took, or the look in its place found.
+pub(super) fn read_claim(rows: &[PgRow]) -> Result<Claimed, sqlx::Error> {
+    let header = header(rows)?;
     let next_due_in: Option<i64> = header.try_get("next_due_in")?;
     let front = Place {
         due: DbTime::from_micros(header.try_get("front_due")?),
