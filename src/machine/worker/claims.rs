@@ -106,6 +106,8 @@ struct UnderWay {
     valid_until: Option<DbTime>,
     /// It searches for expired leases.
     searches: bool,
+    /// It says that this worker sleeps.
+    asleep: bool,
     limit: u32,
     /// As in the request, in the order of the keys.
     shares: Vec<(DestinationKey, u32)>,
@@ -289,6 +291,7 @@ impl Worker {
             if planted!(self, LeasesFrontKept) { self.claims.leases.place } else { leases_from };
         let request = self.next_request();
         let valid_until = self.valid_until();
+        let asleep = self.claims.awake_until <= self.now;
         let claim = ClaimRequest {
             owner: self.id.clone(),
             terms: ClaimTerms {
@@ -307,7 +310,7 @@ impl Worker {
             from,
             leases_from,
             count_pending: self.settings.until_empty && from.is_none(),
-            asleep: (self.claims.awake_until <= self.now).then_some(limits.poll_interval),
+            asleep: asleep.then_some(limits.poll_interval),
         };
         self.claims.refill = false;
         self.claims.under_way = Some(UnderWay {
@@ -317,6 +320,7 @@ impl Worker {
             searches: expired,
             rescans,
             searches_again,
+            asleep,
             limit,
             shares,
         });
@@ -418,8 +422,9 @@ impl Worker {
         if found > 0 {
             self.claims.awake_until = self.now.after(AWAKE);
         }
-        // After a full claim the next one waits until it is worth it.
-        if self.now < self.claims.awake_until && !self.claims.backlog {
+        // After a full claim the next one waits until it is worth it. Who wasn't said to sleep yet is woken by nobody.
+        let awake = self.now < self.claims.awake_until || !under_way.asleep;
+        if awake && !self.claims.backlog {
             self.claims.at = self.claims.at.min(self.now.after(self.settings.eager_poll));
         }
         if let Some(due) = reply.next_due_in

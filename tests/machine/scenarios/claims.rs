@@ -79,6 +79,27 @@ fn a_claim_that_shares_limited_makes_the_next_one_read_less_until_more_is_found(
 }
 
 #[test]
+fn who_pauses_for_a_poll_interval_has_said_that_it_sleeps() {
+    for micros in (100..2_000).step_by(100) {
+        let mut bed = Bed::new(settings());
+        let (start, mut asleep) = (bed.now, false);
+        while bed.now.since(start) < 2 * SECOND {
+            for action in bed.wake() {
+                if let Action::Claim(_, claim) = action {
+                    asleep = claim.asleep.is_some();
+                }
+            }
+            bed.pass(Duration::from_micros(micros));
+            bed.answer_all();
+            let next = bed.worker.next_wakeup().expect("it polls");
+            assert!(asleep || next.since(bed.now) < MS, "a store that takes {micros} microseconds");
+            bed.now = bed.now.max(next);
+        }
+        assert!(asleep, "it never slept");
+    }
+}
+
+#[test]
 fn a_worker_polls_eagerly_for_a_second_and_then_says_that_it_sleeps() {
     let (mut bed, key) = one_open();
     bed.respond(key, 204);
