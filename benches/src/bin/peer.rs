@@ -11,7 +11,7 @@ use tokio::time::{Instant, sleep, sleep_until};
 
 /// Tuned by trying a few; every other setting is the default.
 const SETTINGS: [(&str, &str); 5] = [
-    ("LEASEHOLD_MAX_IN_FLIGHT", "64"),
+    ("LEASEHOLD_MAX_IN_FLIGHT", "32"),
     ("LEASEHOLD_MAX_IN_FLIGHT_PER_DESTINATION", "1000"),
     ("LEASEHOLD_CLAIM_BATCH", "500"),
     ("LEASEHOLD_MAX_LEASED", "1500"),

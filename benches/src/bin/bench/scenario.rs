@@ -67,7 +67,7 @@ pub(crate) fn all(events: u32) -> Vec<Scenario> {
 
 /// Settings of the drains, tuned by trying a few; the rest is measured with the defaults.
 const DRAIN: [(&str, &str); 4] = [
-    ("LEASEHOLD_MAX_IN_FLIGHT", "64"),
+    ("LEASEHOLD_MAX_IN_FLIGHT", "32"),
     ("LEASEHOLD_CLAIM_BATCH", "500"),
     // Two cores are full with the database and the receiver: a second thread is woken and put aside all the time.
     ("TOKIO_WORKER_THREADS", "1"),
