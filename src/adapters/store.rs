@@ -55,7 +55,7 @@ pub enum Retain {
     Delete(Duration),
 }
 
-/// The most attempts that the tables let an event have.
+/// The most attempts that the table lets an event have (constraint `max_attempts_in_bounds`).
 pub const MOST_ATTEMPTS: u32 = 1_000_000_000;
 
 /// How long a delivered event stays in the table at least: a settle whose answer was lost is repeated, and is to find
