@@ -1,7 +1,8 @@
 //! The outbox on Postgres 13 and later, through sqlx.
 //!
-//! One statement a call; no session state; no transaction and no connection is held between calls. Renewals have
-//! connections of their own (rule P5). A call whose future is dropped, or that fails, closes its connection; on direct connections
+//! Each statement is a transaction of its own, and a call is one statement, but that a claim may be several, one after the
+//! other; no session state; no transaction and no connection is held between calls. Renewals have connections of their
+//! own (rule P5). A call whose future is dropped, or that fails, closes its connection; on direct connections
 //! the server then cancels the statement by `statement_timeout`.
 
 mod commands;
@@ -275,7 +276,7 @@ impl Postgres {
     }
 }
 
-/// The part of the statement that claims from the front of the queue only: see there. It costs a quarter less.
+/// The part of `claim.sql` that claims from the front of the queue only. It costs a quarter less.
 pub fn claim_of_front(claim: &str) -> String {
     let mut beyond = false;
     let lines = claim.lines().filter(|line| {

@@ -81,7 +81,8 @@ impl<P: Copy + Ord> Front<P> {
         self.failures = if failed { self.failures.saturating_add(1) } else { 0 };
         let share = if failed { 1 << (self.failures - 1).min(4) } else { RESCAN_SHARE };
         self.soonest = now.after(took * share.min(RESCAN_SHARE));
-        self.at = self.soonest.max(now.after(every));
+        // What made a claim from ahead of the front necessary is not answered by one that failed.
+        self.at = if failed { self.soonest } else { self.soonest.max(now.after(every)) };
     }
 
     /// The next one starts less far back if this one might soon be cut off for what it read there, and else farther.

@@ -225,6 +225,17 @@ fn a_hint_while_a_claim_is_under_way_or_soon_after_one_leads_to_the_beginning_be
 }
 
 #[test]
+fn a_hint_whose_claim_failed_is_followed_by_the_next_claim() {
+    let mut bed = Bed::new(settings());
+    bed.run(3 * SECOND);
+    let claim = bed.give(Input::Hint).remove(0);
+    let request = Bed::request_of(&claim);
+    bed.pending.clear();
+    bed.give(Input::Claimed { request, reply: Err(StoreFault::NotApplied { error: "08006".into() }) });
+    assert_eq!(rescans_within(&mut bed, 300 * MS), [250 * MS]);
+}
+
+#[test]
 fn a_hint_makes_a_worker_that_waits_for_an_empty_outbox_claim_once() {
     let mut settings = settings();
     settings.until_empty = true;
