@@ -2,6 +2,11 @@
 
 use std::time::Duration;
 
+use bytes::Bytes;
+
+use crate::machine::{DestinationKey, Grant, LeaseKey, Unsendable};
+use crate::ports::Message;
+
 /// An event to be written into the outbox.
 #[derive(Clone, PartialEq, Eq)]
 pub struct NewEvent {
@@ -90,6 +95,26 @@ const TEXT_MAX: usize = 1_000;
 /// Makes text fit for the store and for a terminal: no NUL, no control characters, bounded length.
 pub(crate) fn clean(text: &str) -> String {
     text.chars().take(TEXT_MAX).map(|c| if c.is_control() { ' ' } else { c }).collect()
+}
+
+/// An event that doesn't decode: it is unsendable, and harms no other (rule P6).
+pub(crate) fn malformed(key: LeaseKey, event_id: String, error: String) -> (Grant, Message) {
+    let grant = Grant {
+        key,
+        destination: DestinationKey::new("malformed"),
+        attempts: 0,
+        max_attempts: 1,
+        reclaims: 0,
+        reclaimed: false,
+        unsendable: Some(Unsendable::Malformed { error }),
+    };
+    let message = Message {
+        event_id,
+        event_type: String::new(),
+        destination_url: String::new(),
+        payload: Bytes::new(),
+    };
+    (grant, message)
 }
 
 /// Why a store could not be opened or read by a command.

@@ -9,6 +9,7 @@ use sqlx::Row as _;
 use sqlx::postgres::PgRow;
 
 use super::error::text;
+use crate::adapters::store::malformed;
 use crate::machine::{
     Answer, ClaimFailure, ClaimReply, DbTime, DestinationKey, Grant, Incarnation, LeaseKey, OwnedReply,
     Place, RowId, Token, Unsendable,
@@ -135,24 +136,5 @@ fn read_event(row: &PgRow, key: LeaseKey) -> (Grant, Message) {
         };
         Ok((grant, message))
     };
-    read().unwrap_or_else(|error| {
-        let unsendable = Some(Unsendable::Malformed { error: text(&error) });
-        let destination = DestinationKey::new("malformed");
-        let grant = Grant {
-            key,
-            destination,
-            attempts: 0,
-            max_attempts: 1,
-            reclaims: 0,
-            reclaimed: false,
-            unsendable,
-        };
-        let message = Message {
-            event_id: row.try_get("event_id").unwrap_or_default(),
-            event_type: String::new(),
-            destination_url: String::new(),
-            payload: Bytes::new(),
-        };
-        (grant, message)
-    })
+    read().unwrap_or_else(|error| malformed(key, row.try_get("event_id").unwrap_or_default(), text(&error)))
 }

@@ -8,7 +8,7 @@ use sqlx::sqlite::SqliteRow;
 use sqlx::{Row as _, SqliteConnection};
 
 use super::{INCARNATION, Sqlite, micros, text};
-use crate::adapters::store::CLAIM_BYTES;
+use crate::adapters::store::{CLAIM_BYTES, malformed};
 use crate::machine::{
     ClaimFailure, ClaimReply, ClaimRequest, DbTime, DestinationKey, Grant, Incarnation, LeaseKey, Row, RowId,
     Token, Unsendable,
@@ -317,20 +317,5 @@ fn read_event(row: &SqliteRow, key: LeaseKey, sendable: bool, bytes: u64) -> (Gr
         };
         Ok((grant, message))
     };
-    read().unwrap_or_else(|error| {
-        let unsendable = Some(Unsendable::Malformed { error: text(&error) });
-        let destination = DestinationKey::new("malformed");
-        let grant = Grant {
-            key,
-            destination,
-            attempts: 0,
-            max_attempts: 1,
-            reclaims: 0,
-            reclaimed: false,
-            unsendable,
-        };
-        let event_id = row.try_get("event_id").unwrap_or_default();
-        let empty = String::new;
-        (grant, Message { event_id, event_type: empty(), destination_url: empty(), payload: Bytes::new() })
-    })
+    read().unwrap_or_else(|error| malformed(key, row.try_get("event_id").unwrap_or_default(), text(&error)))
 }
