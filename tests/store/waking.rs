@@ -57,6 +57,42 @@ fn a_commit_wakes_workers_only_while_one_sleeps() {
     });
 }
 
+#[test]
+fn a_transaction_asks_once_who_sleeps() {
+    on_postgres(async |bed| {
+        let mut producing = session(bed).await;
+        const INSERT: &str = "insert into leasehold.outbox_events (event_type, destination_url, payload)
+            select 't', 'https://a.example', '{}' from generate_series(1, 1000)";
+        exec(
+            &mut producing,
+            &format!("create function pg_temp.enqueue() returns void language sql set search_path = public as $$ {INSERT} $$;
+                 set track_functions = 'pl'"),
+        )
+        .await;
+        for inserts in [
+            INSERT.to_owned(),
+            format!("{INSERT}; {INSERT}"),
+            // It is given back with what was inserted, and not before.
+            format!("savepoint s; {INSERT}; rollback to s; {INSERT}"),
+            format!("savepoint s; {INSERT}; release s; {INSERT}"),
+            // Settings of a function end with it.
+            format!("select pg_temp.enqueue(); {INSERT}"),
+        ] {
+            // Counts since the last report to the server, which no transaction makes before its end.
+            const CALLS: &str = "select calls from pg_stat_xact_user_functions where funcname = 'wake'";
+            let mut calls = async |statements: &str| -> i64 {
+                exec(&mut producing, statements).await;
+                let calls = sqlx::query_scalar(CALLS).fetch_optional(&mut producing).await.unwrap();
+                calls.unwrap_or(0)
+            };
+            let before = calls("begin").await;
+            let after = calls(&format!("{inserts}; set constraints all immediate")).await;
+            exec(&mut producing, "commit").await;
+            assert_eq!(after - before, 1, "{inserts}");
+        }
+    });
+}
+
 /// Dead rows of sleepers stay while a transaction is open. A producer's commit must not read them.
 #[test]
 fn a_commit_does_not_step_over_who_slept_before() {
