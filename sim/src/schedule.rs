@@ -135,7 +135,7 @@ impl Settings {
             fence_margin: Some(us(self.fence_margin)),
             reclaim_grace: Some(us(self.reclaim_grace)),
         })
-        .map_err(|error| error.to_string())?;
+        .map_err(|errors| format!("{errors:?}"))?;
         let limits = Limits {
             max_in_flight: self.max_in_flight,
             max_in_flight_per_destination: self.max_in_flight_per_destination,

@@ -29,7 +29,7 @@ impl fmt::Display for NoReader {
 impl std::error::Error for NoReader {}
 
 /// Writes a line to standard output. Not by `println!`, which panics where it can't.
-fn print(line: impl fmt::Display) -> anyhow::Result<()> {
+pub(crate) fn print(line: impl fmt::Display) -> anyhow::Result<()> {
     writeln!(io::stdout(), "{line}").map_err(|error| match error.kind() {
         io::ErrorKind::BrokenPipe => NoReader.into(),
         _ => anyhow::Error::new(error).context("writing to standard output"),
@@ -58,8 +58,13 @@ async fn dispatch(invocation: &Invocation) -> anyhow::Result<ExitCode> {
     };
     match (&invocation.command, settings) {
         (Command::Demo { postgres, plain }, _) => {
-            let held = crate::demo::run(*postgres, *plain).await?;
-            Ok(if held { EXIT_DONE } else { EXIT_FAILED }.into())
+            // Dropped, it takes its processes and its folder along.
+            tokio::select! {
+                held = crate::demo::run(*postgres, *plain) => {
+                    Ok(if held? { EXIT_DONE } else { EXIT_FAILED }.into())
+                }
+                signal = run::signalled() => Ok((128 + signal?).into()),
+            }
         }
         (_, None) => bail!("this command needs settings"),
         (Command::Run { until_empty }, Some(settings)) => {
@@ -67,7 +72,7 @@ async fn dispatch(invocation: &Invocation) -> anyhow::Result<ExitCode> {
             run::run(settings, *until_empty).await
         }
         (Command::Migrate, Some(settings)) => {
-            open(&settings).await?.migrate().await?;
+            open(&settings, true).await?.migrate().await?;
             print("the outbox is set up")?;
             Ok(EXIT_DONE.into())
         }
@@ -77,9 +82,10 @@ async fn dispatch(invocation: &Invocation) -> anyhow::Result<ExitCode> {
     }
 }
 
-async fn open(settings: &Settings) -> anyhow::Result<Store> {
+async fn open(settings: &Settings, create: bool) -> anyhow::Result<Store> {
     let url = settings.database.as_ref().context("database_url is not set")?;
-    Ok(Store::open(url, None, u64::from(settings.max_payload), settings.prepared_statements).await?)
+    let max_payload = u64::from(settings.max_payload);
+    Ok(Store::open(url, None, max_payload, settings.prepared_statements, create).await?)
 }
 
 async fn enqueue(args: &EnqueueArgs, settings: &Settings) -> anyhow::Result<ExitCode> {
@@ -94,7 +100,7 @@ async fn enqueue(args: &EnqueueArgs, settings: &Settings) -> anyhow::Result<Exit
         }
     };
     let events: Vec<NewEvent> = lines.into_iter().map(NewEvent::from).collect();
-    let ids = open(settings).await?.enqueue(&events).await?;
+    let ids = open(settings, false).await?.enqueue(&events).await?;
     for id in ids {
         print(id).context("printing the ids; the events are in the outbox")?;
     }
@@ -115,7 +121,7 @@ impl From<EnqueueLine> for NewEvent {
 }
 
 async fn status(settings: &Settings, json: bool, watch: bool) -> anyhow::Result<ExitCode> {
-    let store = open(settings).await?;
+    let store = open(settings, false).await?;
     loop {
         let status = store.status().await?;
         if json {
@@ -173,7 +179,8 @@ async fn check(settings: &Settings) -> anyhow::Result<ExitCode> {
     for warning in warnings(settings) {
         print(format_args!("warning: {warning}"))?;
     }
-    let store = open(settings).await?;
+    run::raise_descriptors(u64::from(settings.worker.limits().max_in_flight))?;
+    let store = open(settings, false).await?;
     print(format_args!("database: {}", store.describe().await?))?;
     store.check_schema().await?;
     print("schema: up to date")?;

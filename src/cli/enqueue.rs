@@ -1,5 +1,6 @@
 //! Events to enqueue: from flags, or as NDJSON.
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::io::{BufRead, Read as _};
 
@@ -81,13 +82,16 @@ impl Raw<'_> {
         }
         check_id("event_type", &self.event_type)?;
         self.destination_url.parse::<Destination>().map_err(|error| error.to_string())?;
+        if self.destination_url.contains('\0') {
+            return Err(r"destination_url has \u0000 in it, which the database can't keep".to_owned());
+        }
         let payload = self.payload.get();
         if payload.len() as u64 > u64::from(rules.max_payload) {
             let size = payload.len();
             return Err(format!("payload has {size} bytes; allowed is max_payload, {}", rules.max_payload));
         }
-        if has_escaped_nul(payload) {
-            return Err(r"payload has \u0000 in it, which the database can't keep".to_owned());
+        if let Some(escape) = unkept_escape(payload) {
+            return Err(format!("payload has {escape} in it, which the database can't keep"));
         }
         let max_attempts = match self.max_attempts {
             None => rules.max_attempts,
@@ -112,13 +116,14 @@ fn check_id(name: &str, text: &str) -> Result<(), String> {
     if (1..=255).contains(&text.len()) && text.bytes().all(|byte| byte.is_ascii_graphic()) {
         Ok(())
     } else {
-        Err(format!("{name} is {text:.40?}; allowed is 1 to 255 visible ASCII characters"))
+        Err(format!("{name} is {:?}; allowed is 1 to 255 visible ASCII characters", start_of(text)))
     }
 }
 
 fn parse_time(text: &str) -> Result<DbTime, String> {
     let time = OffsetDateTime::parse(text, &Rfc3339).map_err(|_| {
-        format!("next_attempt_at is {text:.40?}; allowed is RFC 3339 such as 2030-01-31T12:00:00Z")
+        let text = start_of(text);
+        format!("next_attempt_at is {text:?}; allowed is RFC 3339 such as 2030-01-31T12:00:00Z")
     })?;
     let micros = time.unix_timestamp_nanos().div_euclid(1_000);
     i64::try_from(micros)
@@ -126,16 +131,28 @@ fn parse_time(text: &str) -> Result<DbTime, String> {
         .map_err(|_| format!("next_attempt_at is {text:?}: too far away"))
 }
 
-/// Postgres' jsonb refuses it. A backslash that is itself escaped begins nothing.
-fn has_escaped_nul(json: &str) -> bool {
-    let mut rest = json.as_bytes();
-    while let Some(at) = rest.iter().position(|byte| *byte == b'\\') {
-        if rest[at..].starts_with(br"\u0000") {
-            return true;
-        }
-        rest = rest.get(at + 2..).unwrap_or_default();
+/// As much of a text as fits into an error.
+fn start_of(text: &str) -> &str {
+    text.char_indices().nth(40).map_or(text, |(end, _)| &text[..end])
+}
+
+/// An escape that Postgres' jsonb refuses: NUL, or one half of a surrogate pair. A backslash that is itself escaped begins
+/// nothing.
+fn unkept_escape(json: &str) -> Option<&str> {
+    let unit = |at: usize| {
+        let digits = json.get(at..)?.strip_prefix(r"\u")?.get(..4)?;
+        u16::from_str_radix(digits, 16).ok()
+    };
+    let mut at = 0;
+    while let Some(next) = json[at..].find('\\') {
+        at += next;
+        at += match (unit(at), unit(at + 6)) {
+            (Some(0xd800..=0xdbff), Some(0xdc00..=0xdfff)) => 12,
+            (Some(0 | 0xd800..=0xdfff), _) => return json.get(at..at + 6),
+            _ => 2,
+        };
     }
-    false
+    None
 }
 
 /// The one event that flags describe; `None` if they describe none, so that NDJSON is to be read.
@@ -169,6 +186,7 @@ pub fn from_ndjson(
 ) -> impl Iterator<Item = Result<EnqueueLine, EnqueueError>> {
     let longest = u64::from(rules.max_payload) + LINE_SLACK;
     let (mut line, mut buffer, mut ended) = (0, Vec::new(), false);
+    let mut ids: BTreeMap<String, u64> = BTreeMap::new();
     std::iter::from_fn(move || {
         loop {
             if ended {
@@ -189,6 +207,13 @@ pub fn from_ndjson(
                     .and_then(|raw| raw.check(rules)),
                 Err(error) => Err(format!("can't be read: {error}")),
             };
+            let parsed = parsed.and_then(|event| match &event.event_id {
+                Some(id) => match ids.insert(id.clone(), line) {
+                    Some(before) => Err(format!("event_id {id:?} is that of line {before}")),
+                    None => Ok(event),
+                },
+                None => Ok(event),
+            });
             ended = parsed.is_err();
             return Some(parsed.map_err(|problem| EnqueueError { line: Some(line), problem }));
         }
@@ -266,6 +291,9 @@ mod tests {
             (line(r#""payload": 1, "max_attempts": 1000000001"#), "allowed is 1 to 1000000000"),
             (line(r#""payload": 1, "next_attempt_at": "tomorrow""#), "RFC 3339"),
             (line(r#""payload": "\u0000""#), "u0000"),
+            (line(r#""payload": "\ud800""#), "ud800"),
+            (good.replace("example.com/", r"example.com/\u0000"), "destination_url has"),
+            (line(&format!(r#""payload": 1, "event_id": "{}""#, "é".repeat(256))), "éééé\"; allowed"),
             (line(&format!(r#""payload": "{}""#, "x".repeat(1_000))), "1002 bytes"),
             (good.replace("https://", "ftp://"), "scheme ftp"),
             (good.replace("https://", "https://user:hunter2@"), "user info"),
@@ -280,6 +308,9 @@ mod tests {
             assert!(error.problem.contains(problem), "{bad:.200}: {error}");
             assert!(!error.problem.contains("hunter2"));
         }
+        let twice = line(r#""payload": 1, "event_id": "a""#);
+        let error = lines(format!("{twice}\n{good}\n{twice}\n").as_bytes()).unwrap_err();
+        assert_eq!(error.to_string(), "line 3: event_id \"a\" is that of line 1");
         let latin = [good.as_bytes(), b"\n\"\xe9\"\n"].concat();
         assert_eq!(lines(&latin).unwrap_err().line, Some(2));
     }
@@ -293,17 +324,23 @@ mod tests {
     }
 
     #[test]
-    fn escaped_nul_is_told_from_an_escaped_backslash() {
-        for (json, has) in [
-            (r#""\u0000""#, true),
-            (r#""\\u0000""#, false),
-            (r#""\\\u0000""#, true),
-            (r#""\n\u0000""#, true),
-            (r#""u0000""#, false),
-            (r#""\u00001""#, true),
-            (r#""\u0001""#, false),
+    fn escapes_that_the_database_cannot_keep() {
+        for (json, found) in [
+            (r#""\u0000""#, Some(r"\u0000")),
+            (r#""\\u0000""#, None),
+            (r#""\\\u0000""#, Some(r"\u0000")),
+            (r#""\n\u0000""#, Some(r"\u0000")),
+            (r#""u0000""#, None),
+            (r#""\u00001""#, Some(r"\u0000")),
+            (r#""\u0001é\\""#, None),
+            (r#""\ud83d\ude00""#, None),
+            (r#""\uD83D\uDE00\u0000""#, Some(r"\u0000")),
+            (r#""\ud83d""#, Some(r"\ud83d")),
+            (r#""\ud83d\\ude00""#, Some(r"\ud83d")),
+            (r#""\ud83d\ud83d\ude00""#, Some(r"\ud83d")),
+            (r#""\ude00\ud83d""#, Some(r"\ude00")),
         ] {
-            assert_eq!(has_escaped_nul(json), has, "{json}");
+            assert_eq!(unkept_escape(json), found, "{json}");
         }
     }
 

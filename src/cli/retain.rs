@@ -1,44 +1,75 @@
 //! Delivered events leave the table beside the worker: never in the way of a claim or a settle.
 
+use std::future::Future;
 use std::time::Duration;
 
+use tokio::time::{Instant, sleep, timeout};
 use tracing::{debug, warn};
 
 use super::store::Store;
-use crate::adapters::store::{Page, Retain};
+use crate::adapters::store::{Page, Retain, StoreError};
 
 /// The most rows of one transaction.
 const PAGE: u32 = 2_000;
 /// Between pages of which little could be retired.
 const PAUSE: Duration = Duration::from_secs(2);
+/// How often it is said that the same still fails.
+const AGAIN: Duration = Duration::from_secs(600);
 
 /// Walks the table until it is dropped. A page that took longer than `store_timeout` is tried again with half its rows.
 pub(super) async fn retire(store: Store, retain: Retain, store_timeout: Duration) {
     let mut page = Page { after: 0, rows: PAGE };
-    let mut failing = false;
+    let (mut retiring, mut dropping) = (Trial::default(), Trial::default());
     loop {
-        let retired = match tokio::time::timeout(store_timeout, store.retire(retain, page)).await {
-            Ok(retired) => retired.map_err(|error| error.to_string()),
-            Err(_) => Err(format!("no answer within store_timeout ({store_timeout:?})")),
-        };
-        match retired {
-            Ok(retired) => {
+        if let Retain::Archive(keep_for) = retain
+            && page.after == 0
+        {
+            // A day that can't be dropped keeps nothing else from leaving the queue.
+            const FAILED: &str = "a day of the archive could not be dropped; trying again";
+            dropping.of(FAILED, store_timeout, store.drop_day(keep_for)).await;
+        }
+        const FAILED: &str = "delivered events could not be retired; trying again";
+        match retiring.of(FAILED, store_timeout, store.retire(retain, page)).await {
+            Some(retired) => {
                 debug!(events = retired.events, after = page.after, "retired delivered events");
                 let most = retired.events >= u64::from(page.rows / 2).max(1);
                 page = Page { after: retired.next, rows: page.rows.saturating_mul(2).min(PAGE) };
-                failing = false;
                 if most {
                     continue;
                 }
             }
-            Err(error) => {
-                if !failing {
-                    warn!(error, "delivered events could not be retired; trying again");
-                }
-                page.rows = (page.rows / 2).max(1);
-                failing = true;
-            }
+            None => page.rows = (page.rows / 2).max(1),
         }
-        tokio::time::sleep(PAUSE).await;
+        sleep(PAUSE).await;
+    }
+}
+
+/// Something that is tried again and again.
+#[derive(Default)]
+struct Trial {
+    /// When it was last said that it fails.
+    said: Option<Instant>,
+}
+
+impl Trial {
+    async fn of<T>(
+        &mut self,
+        failed: &'static str,
+        bound: Duration,
+        call: impl Future<Output = Result<T, StoreError>>,
+    ) -> Option<T> {
+        let error = match timeout(bound, call).await {
+            Ok(Ok(done)) => {
+                self.said = None;
+                return Some(done);
+            }
+            Ok(Err(error)) => error.to_string(),
+            Err(_) => format!("no answer within store_timeout ({bound:?})"),
+        };
+        if self.said.is_none_or(|said| said.elapsed() >= AGAIN) {
+            self.said = Some(Instant::now());
+            warn!(error, "{failed}");
+        }
+        None
     }
 }

@@ -23,6 +23,9 @@ use crate::ports::Outbox;
 /// A drain that had to abort requests or left outcomes unsettled.
 const DRAINED_BADLY: u8 = 3;
 
+const SIGINT: u8 = 2;
+const SIGTERM: u8 = 15;
+
 /// File descriptors beside one a connection: database, listener, log, runtime.
 const SPARE_DESCRIPTORS: u64 = 64;
 
@@ -46,7 +49,7 @@ pub async fn run(mut settings: Settings, until_empty: bool) -> anyhow::Result<Ex
     let url = settings.database.as_ref().context("database_url is not set")?;
     let store_timeout = Some(timing.store_timeout());
     let max_payload = u64::from(settings.max_payload);
-    let store = Store::open(url, store_timeout, max_payload, settings.prepared_statements).await?;
+    let store = Store::open(url, store_timeout, max_payload, settings.prepared_statements, false).await?;
     let gateway = HttpGateway::new(settings.http.clone())?;
     if let Some(problem) = gateway.tls_problem() {
         warn!(problem, "https destinations can't be verified");
@@ -104,20 +107,27 @@ fn shutdown() -> anyhow::Result<impl Future<Output = ()>> {
         next(&mut term, &mut int).await;
         tokio::spawn(async move {
             let number = next(&mut term, &mut int).await;
-            std::process::exit(128 + number);
+            std::process::exit((128 + number).into());
         });
     })
 }
 
-async fn next(term: &mut Signal, int: &mut Signal) -> i32 {
+/// The number of the first SIGTERM or SIGINT from now on.
+pub(super) async fn signalled() -> anyhow::Result<u8> {
+    let mut term = signal(SignalKind::terminate()).context("listening for SIGTERM")?;
+    let mut int = signal(SignalKind::interrupt()).context("listening for SIGINT")?;
+    Ok(next(&mut term, &mut int).await)
+}
+
+async fn next(term: &mut Signal, int: &mut Signal) -> u8 {
     tokio::select! {
-        _ = term.recv() => SignalKind::terminate().as_raw_value(),
-        _ = int.recv() => SignalKind::interrupt().as_raw_value(),
+        _ = term.recv() => SIGTERM,
+        _ = int.recv() => SIGINT,
     }
 }
 
 /// Raises the soft limit of open files as far as it goes: while it connects, a request has several sockets.
-fn raise_descriptors(in_flight: u64) -> anyhow::Result<()> {
+pub(super) fn raise_descriptors(in_flight: u64) -> anyhow::Result<()> {
     use rustix::process::{Resource, getrlimit, setrlimit};
     let needed = in_flight + SPARE_DESCRIPTORS;
     let wanted = needed + IDLE_IN_ALL as u64;

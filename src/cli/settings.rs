@@ -21,7 +21,7 @@ mod tests;
 
 pub use database::{Database, DatabaseUrl};
 pub use reader::{parse, parse_duration, parse_size};
-pub use table::{Kind, SETTINGS, Setting, reference};
+pub use table::{Kind, SETTINGS, Setting};
 
 /// The file that is read if it is there and no other is named.
 pub const DEFAULT_FILE: &str = "leasehold.toml";

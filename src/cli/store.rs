@@ -22,7 +22,8 @@ pub enum Store {
 }
 
 impl Store {
-    /// Opens the store of a URL: for a worker with its `store_timeout`, for a command without.
+    /// Opens the store of a URL: for a worker with its `store_timeout`, for a command without. A file of SQLite is made
+    /// only to set the outbox up, so that a misspelt name is noticed.
     ///
     /// # Errors
     /// When the URL can't be read, or the SQLite file not opened.
@@ -31,6 +32,7 @@ impl Store {
         store_timeout: Option<Duration>,
         max_payload: u64,
         prepared_statements: bool,
+        create: bool,
     ) -> Result<Self, StoreError> {
         let store_timeout = store_timeout.unwrap_or(COMMAND_TIMEOUT);
         Ok(match url.database {
@@ -40,7 +42,7 @@ impl Store {
             }
             Database::Sqlite => {
                 let options = SqliteOptions::new(store_timeout, max_payload);
-                Self::Sqlite(Arc::new(Sqlite::open(url.expose(), options).await?))
+                Self::Sqlite(Arc::new(Sqlite::open(url.expose(), options, create).await?))
             }
         })
     }
@@ -89,7 +91,7 @@ impl Store {
         }
     }
 
-    /// Moves or deletes the delivered events of a page that are old enough; in the archive, drops what is too old.
+    /// Moves or deletes the delivered events of a page that are old enough.
     ///
     /// # Errors
     /// When the database refuses; nothing of the page has been done then.
@@ -97,6 +99,17 @@ impl Store {
         match self {
             Self::Postgres(store) => store.retire(retain, page).await,
             Self::Sqlite(store) => store.retire(retain, page).await,
+        }
+    }
+
+    /// Drops the oldest day of the archive if that is over for longer than `keep_for`. SQLite has no archive.
+    ///
+    /// # Errors
+    /// When the database refuses.
+    pub async fn drop_day(&self, keep_for: Duration) -> Result<(), StoreError> {
+        match self {
+            Self::Postgres(store) => store.drop_day(keep_for).await,
+            Self::Sqlite(_) => Ok(()),
         }
     }
 

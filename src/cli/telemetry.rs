@@ -13,7 +13,10 @@ use super::settings::{LogFormat, LogSettings};
 /// # Errors
 /// The filter doesn't parse, or something else has taken the process's logs.
 pub fn init(settings: &LogSettings) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
-    let filter = EnvFilter::builder().parse(own(&settings.filter))?;
+    // It shows the values of a database URL's parameters that it doesn't know.
+    let filter = EnvFilter::builder()
+        .parse(own(&settings.filter))?
+        .add_directive("sqlx_postgres::options=off".parse()?);
     let lines = tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr).with_target(false);
     match settings.format {
         LogFormat::Text => lines.with_ansi(io::stderr().is_terminal()).try_init(),

@@ -24,6 +24,7 @@ use self::verdict::{Takeover, Verdict};
 use self::view::View;
 use crate::adapters::http::{Secret, Signer};
 use crate::adapters::store::NewEvent;
+use crate::cli::commands::print;
 use crate::cli::settings::DatabaseUrl;
 use crate::cli::store::Store;
 use crate::machine::{LeaseKey, WorkerId};
@@ -51,19 +52,21 @@ pub async fn run(on_postgres: bool, plain: bool) -> anyhow::Result<bool> {
         |server| server.url().to_owned(),
     );
     let kind = if on_postgres { "a private Postgres" } else { "an embedded SQLite file, synced to disk" };
-    println!("leasehold demo");
-    println!("  outbox      {kind} (production runs on Postgres)");
-    println!("  lease       {LEASE:?}; the slow receiver takes {SLOW:?}");
-    println!("  workers     {WORKERS} processes; one is killed with SIGKILL after {CRASH_AFTER:?}");
-    println!();
+    print("leasehold demo")?;
+    print(format_args!("  outbox      {kind} (production runs on Postgres)"))?;
+    print(format_args!("  lease       {LEASE:?}; the slow receiver takes {SLOW:?}"))?;
+    print(format_args!(
+        "  workers     {WORKERS} processes; one is killed with SIGKILL after {CRASH_AFTER:?}"
+    ))?;
+    print("")?;
     let verdict = play(&url, folder.path(), View::new(plain)).await?;
-    println!("{verdict}");
+    print(&verdict)?;
     if let Some(server) = server {
         server.stop().await;
     }
     if !verdict.held() {
         let kept = folder.keep();
-        println!("the workers' logs are kept in {}", kept.display());
+        print(format_args!("the workers' logs are kept in {}", kept.display()))?;
     }
     Ok(verdict.held())
 }
@@ -76,7 +79,7 @@ async fn play(url: &str, folder: &Path, mut view: View) -> anyhow::Result<Verdic
     let signer = Arc::new(Signer::new(&[own]).context("the demo's own secret")?);
 
     let address: DatabaseUrl = url.parse().context("the demo's own database")?;
-    let store = Store::open(&address, None, 1 << 20, true).await?;
+    let store = Store::open(&address, None, 1 << 20, true, true).await?;
     store.migrate().await?;
     let record = Record::default();
     let mut events = Vec::new();
@@ -99,7 +102,7 @@ async fn play(url: &str, folder: &Path, mut view: View) -> anyhow::Result<Verdic
         })
         .collect();
     store.enqueue(&new).await?;
-    view.say(&format!("{} events committed to the outbox", new.len()));
+    view.say(&format!("{} events committed to the outbox", new.len()))?;
 
     let mut workers = Vec::new();
     for number in 1..=WORKERS {
@@ -108,7 +111,7 @@ async fn play(url: &str, folder: &Path, mut view: View) -> anyhow::Result<Verdic
     let takeover = watch(&mut view, &mut workers, &store, &record, folder, new.len()).await?;
     let status = store.status().await?;
     let verdict = Verdict::compute(new.len(), &record.state(), status, takeover, LEASE);
-    view.finish();
+    view.finish()?;
     Ok(verdict)
 }
 
@@ -178,12 +181,12 @@ async fn watch(
     let mut orphans: Option<Vec<LeaseKey>> = None;
     loop {
         let status = store.status().await?;
-        view.show(start.elapsed(), &record.state(), &status, events);
+        view.show(start.elapsed(), &record.state(), &status, events)?;
         if status.pending == 0 {
             break;
         }
         if start.elapsed() > GIVE_UP_AFTER {
-            view.say("gave up waiting");
+            view.say("gave up waiting")?;
             break;
         }
         if orphans.is_none() && start.elapsed() >= CRASH_AFTER {
@@ -191,7 +194,7 @@ async fn watch(
             workers[victim].wait().await.context("waiting for the killed worker")?;
             let held =
                 store.leases_of(victim_id.clone()).await.map_err(|fault| anyhow::anyhow!("{fault}"))?;
-            view.say(&format!("worker {} killed (SIGKILL) while it held {} events", victim + 1, held.len()));
+            view.say(&format!("worker {} killed (SIGKILL) while it held {} events", victim + 1, held.len()))?;
             orphans = Some(held);
         }
         sleep(Duration::from_millis(100)).await;
@@ -199,7 +202,7 @@ async fn watch(
     for (number, worker) in workers.iter_mut().enumerate().filter(|(number, _)| *number != victim) {
         match tokio::time::timeout(Duration::from_secs(10), worker.wait()).await {
             Ok(Ok(status)) if status.success() => {}
-            other => view.say(&format!("worker {} ended badly: {other:?}", number + 1)),
+            other => view.say(&format!("worker {} ended badly: {other:?}", number + 1))?,
         }
     }
     let orphans = orphans.unwrap_or_default();

@@ -11,6 +11,9 @@ use tokio::time::sleep;
 
 use super::postgres_binaries::{command, find_binaries, server_user};
 
+/// Names the socket; said to both sides, as `PGPORT` may say something else.
+const PORT: &str = "5432";
+
 /// A running server; its data lie in the demo's temporary folder.
 pub(super) struct Server {
     child: Child,
@@ -49,12 +52,13 @@ pub(super) async fn start(folder: &Path) -> anyhow::Result<Server> {
         .arg(&data)
         .arg("-k")
         .arg(&home)
-        .args(["-c", "listen_addresses="])
+        .args(["-p", PORT, "-c", "listen_addresses="])
         .stderr(log)
         .kill_on_drop(true)
         .spawn()
         .context("postgres could not be started")?;
-    let url = format!("postgres://postgres@localhost/postgres?host={}", home.display());
+    let url =
+        format!("postgres://postgres@localhost:{PORT}/postgres?host={}&sslmode=disable", home.display());
     for _ in 0..200 {
         let pid = std::fs::read_to_string(data.join("postmaster.pid")).unwrap_or_default();
         if pid.lines().nth(7).is_some_and(|line| line.trim() == "ready") {

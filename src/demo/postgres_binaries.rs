@@ -41,10 +41,13 @@ pub(super) fn server_user() -> Option<(u32, u32)> {
     ids("postgres").or_else(|| ids("nobody"))
 }
 
-/// A program of the server's, run as its user.
+/// A program of the server's, run as its user, without settings from the environment.
 pub(super) fn command(program: &Path, folder: &Path, user: Option<(u32, u32)>) -> Command {
     let mut command = std::process::Command::new(program);
     command.current_dir(folder).stdin(Stdio::null()).stdout(Stdio::null());
+    for (name, _) in std::env::vars_os().filter(|(name, _)| name.as_encoded_bytes().starts_with(b"PG")) {
+        command.env_remove(name);
+    }
     if let Some((uid, gid)) = user {
         command.uid(uid).gid(gid);
     }

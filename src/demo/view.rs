@@ -8,6 +8,7 @@ use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 use super::CAST;
 use super::receivers::{Manner, State};
 use crate::adapters::store::Status;
+use crate::cli::commands::print;
 
 /// The live view.
 pub(super) struct View {
@@ -36,15 +37,21 @@ impl View {
     }
 
     /// A line that stays.
-    pub(super) fn say(&mut self, text: &str) {
+    pub(super) fn say(&mut self, text: &str) -> anyhow::Result<()> {
         match &self.bars {
-            Some((multi, _)) => drop(multi.println(text)),
-            None => println!("{text}"),
+            Some((multi, _)) => Ok(multi.println(text)?),
+            None => print(text),
         }
     }
 
     /// The state of things, now.
-    pub(super) fn show(&mut self, elapsed: Duration, state: &State, status: &Status, events: usize) {
+    pub(super) fn show(
+        &mut self,
+        elapsed: Duration,
+        state: &State,
+        status: &Status,
+        events: usize,
+    ) -> anyhow::Result<()> {
         let of = |manner: Manner| state.requests.values().filter(move |seen| seen[0].manner == manner);
         let delivered = |manner| {
             of(manner)
@@ -60,22 +67,23 @@ impl View {
         } else if self.last_line.is_none_or(|last| last.elapsed() >= Duration::from_secs(1)) {
             self.last_line = Some(Instant::now());
             let open: usize = CAST.iter().map(|(manner, _)| open(*manner)).sum();
-            println!(
+            print(format_args!(
                 "{:>4.0}s  delivered {:>3}/{events}  leased {:>3}  retrying {:>3}  open requests {open:>3}",
                 elapsed.as_secs_f64(),
                 status.delivered,
                 status.leased,
                 status.retrying,
-            );
+            ))?;
         }
+        Ok(())
     }
 
-    pub(super) fn finish(&mut self) {
+    pub(super) fn finish(&mut self) -> anyhow::Result<()> {
         if let Some((_, bars)) = &self.bars {
             for (_, bar) in bars {
                 bar.abandon();
             }
         }
-        println!();
+        print("")
     }
 }

@@ -1,6 +1,7 @@
 //! A worker's settings, parsed into types that can't hold a bad combination.
 
 use alloc::collections::BTreeSet;
+use alloc::vec;
 use alloc::vec::Vec;
 use core::fmt;
 use core::time::Duration;
@@ -85,30 +86,39 @@ impl Timing {
     /// Fills in defaults and checks every bound.
     ///
     /// # Errors
-    /// The first bound that is broken, with its values.
-    pub fn parse(raw: RawTiming) -> Result<Self, TimingError> {
+    /// Every bound that is broken, with its value; the rule only if none is.
+    pub fn parse(raw: RawTiming) -> Result<Self, Vec<TimingError>> {
         let lease = raw.lease;
-        if lease < Duration::from_secs(1) || lease > Duration::from_secs(86_400) {
-            return Err(TimingError::Lease(lease));
-        }
         let heartbeat = raw.heartbeat.unwrap_or(lease / 3);
-        if heartbeat < Duration::from_millis(100) {
-            return Err(TimingError::Heartbeat(heartbeat));
-        }
         let store_timeout = raw.store_timeout.unwrap_or((lease / 6).min(Duration::from_secs(5)));
-        if store_timeout < MILLISECOND || store_timeout > Duration::from_secs(5) {
-            return Err(TimingError::StoreTimeout(store_timeout));
-        }
         let fence_margin = raw.fence_margin.unwrap_or(lease / 10);
-        if fence_margin < MILLISECOND {
-            return Err(TimingError::FenceMargin(fence_margin));
-        }
         let reclaim_grace = raw.reclaim_grace.unwrap_or(lease / 10);
-        if reclaim_grace > lease {
-            return Err(TimingError::ReclaimGrace(reclaim_grace));
+        let bounds = [
+            (
+                lease >= Duration::from_secs(1) && lease <= Duration::from_secs(86_400),
+                TimingError::Lease(lease),
+            ),
+            (
+                raw.heartbeat.is_none_or(|heartbeat| heartbeat >= Duration::from_millis(100)),
+                TimingError::Heartbeat(heartbeat),
+            ),
+            (
+                raw.store_timeout
+                    .is_none_or(|timeout| timeout >= MILLISECOND && timeout <= Duration::from_secs(5)),
+                TimingError::StoreTimeout(store_timeout),
+            ),
+            (
+                raw.fence_margin.is_none_or(|margin| margin >= MILLISECOND),
+                TimingError::FenceMargin(fence_margin),
+            ),
+            (reclaim_grace <= lease, TimingError::ReclaimGrace(reclaim_grace)),
+        ];
+        let broken: Vec<_> = bounds.into_iter().filter(|(kept, _)| !kept).map(|(_, error)| error).collect();
+        if !broken.is_empty() {
+            return Err(broken);
         }
         if heartbeat.saturating_add(store_timeout * 2).saturating_add(fence_margin) > lease {
-            return Err(TimingError::Rule { heartbeat, store_timeout, fence_margin, lease });
+            return Err(vec![TimingError::Rule { heartbeat, store_timeout, fence_margin, lease }]);
         }
         Ok(Self { lease, heartbeat, store_timeout, fence_margin, reclaim_grace })
     }

@@ -23,8 +23,9 @@ fn defaults_come_from_the_lease() {
 
 #[test]
 fn the_rule_is_named_with_its_values() {
-    let error =
+    let errors =
         Timing::parse(RawTiming { heartbeat: Some(25 * SECOND), ..raw(30 * SECOND) }).expect_err("too slow");
+    let [error] = errors[..] else { panic!("{errors:?}") };
     assert_eq!(
         error.to_string(),
         "heartbeat + 2 * store_timeout + fence_margin must be at most lease, but 25s + 2 * 5s + 3s = 38s is more than \
@@ -42,23 +43,45 @@ fn the_rule_holds_at_its_edge() {
     };
     assert!(Timing::parse(edge).is_ok());
     let beyond = RawTiming { fence_margin: Some(101 * MS), ..edge };
-    assert!(matches!(Timing::parse(beyond), Err(TimingError::Rule { .. })));
+    assert!(matches!(Timing::parse(beyond).expect_err("beyond")[..], [TimingError::Rule { .. }]));
 }
 
 #[test]
 fn each_bound_is_kept() {
     let refused = |raw| Timing::parse(raw).expect_err("out of bounds");
-    assert!(matches!(refused(raw(999 * MS)), TimingError::Lease(_)));
+    assert!(matches!(refused(raw(999 * MS))[..], [TimingError::Lease(_)]));
     let heartbeat = RawTiming { heartbeat: Some(99 * MS), ..raw(SECOND) };
-    assert!(matches!(refused(heartbeat), TimingError::Heartbeat(_)));
+    assert!(matches!(refused(heartbeat)[..], [TimingError::Heartbeat(_)]));
     let zero = RawTiming { store_timeout: Some(Duration::ZERO), ..raw(SECOND) };
-    assert!(matches!(refused(zero), TimingError::StoreTimeout(_)));
+    assert!(matches!(refused(zero)[..], [TimingError::StoreTimeout(_)]));
     let long = RawTiming { store_timeout: Some(6 * SECOND), ..raw(60 * SECOND) };
-    assert!(matches!(refused(long), TimingError::StoreTimeout(_)));
+    assert!(matches!(refused(long)[..], [TimingError::StoreTimeout(_)]));
     let margin = RawTiming { fence_margin: Some(Duration::ZERO), ..raw(SECOND) };
-    assert!(matches!(refused(margin), TimingError::FenceMargin(_)));
+    assert!(matches!(refused(margin)[..], [TimingError::FenceMargin(_)]));
     let grace = RawTiming { reclaim_grace: Some(2 * SECOND), ..raw(SECOND) };
-    assert!(matches!(refused(grace), TimingError::ReclaimGrace(_)));
+    assert!(matches!(refused(grace)[..], [TimingError::ReclaimGrace(_)]));
+}
+
+#[test]
+fn every_broken_timing_is_reported_at_once() {
+    let broken = RawTiming {
+        lease: 48 * 3_600 * SECOND,
+        heartbeat: Some(MS),
+        store_timeout: Some(6 * SECOND),
+        fence_margin: Some(Duration::ZERO),
+        reclaim_grace: Some(50 * 3_600 * SECOND),
+    };
+    let errors = Timing::parse(broken).expect_err("many mistakes");
+    assert_eq!(
+        errors,
+        [
+            TimingError::Lease(broken.lease),
+            TimingError::Heartbeat(MS),
+            TimingError::StoreTimeout(6 * SECOND),
+            TimingError::FenceMargin(Duration::ZERO),
+            TimingError::ReclaimGrace(50 * 3_600 * SECOND),
+        ]
+    );
 }
 
 #[test]

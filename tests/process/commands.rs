@@ -1,5 +1,7 @@
 //! Commands and what bad input gets.
 
+use tokio::io::{AsyncBufReadExt as _, BufReader};
+
 use crate::bed::{Bed, MS, Receiver, SECRET, text, write};
 use crate::common::PATIENCE;
 
@@ -224,10 +226,16 @@ async fn http_forgotten_and_allowed_later_delivers_everything() {
 async fn delivered_events_move_to_the_archive_and_trouble_there_stops_no_worker() {
     let bed = Bed::new().await.set(&[("RETAIN", "archive")]);
     let receiver = Receiver::start(|_| (std::time::Duration::ZERO, 200)).await;
-    sqlx::raw_sql("alter table leasehold.outbox_archive rename to away")
-        .execute(&bed.pool)
-        .await
-        .expect("away");
+    // A day that can't be dropped, since a view reads it.
+    sqlx::raw_sql(
+        "create table leasehold.outbox_archive_20200101 partition of leasehold.outbox_archive
+             for values from ('2020-01-01 00:00+00') to ('2020-01-02 00:00+00');
+         create view public.kept as select from leasehold.outbox_archive_20200101;
+         alter table leasehold.outbox_archive rename to away",
+    )
+    .execute(&bed.pool)
+    .await
+    .expect("away");
     let mut worker = bed.worker("w", &[]);
     worker.logs("delivered events could not be retired").await;
     bed.insert(&receiver.url(), 3).await;
@@ -250,7 +258,9 @@ async fn delivered_events_move_to_the_archive_and_trouble_there_stops_no_worker(
     assert_eq!(archived, 3);
     worker.signal(rustix::process::Signal::TERM);
     assert_eq!(worker.end().await, Some(0), "{}", worker.log());
-    assert_eq!(worker.log().matches("could not be retired").count(), 1, "{}", worker.log());
+    for trouble in ["could not be retired", "could not be dropped"] {
+        assert_eq!(worker.log().matches(trouble).count(), 1, "{}", worker.log());
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -269,4 +279,56 @@ async fn the_demo_holds_its_promise() {
     let text = text(&output);
     assert_eq!(output.status.code(), Some(0), "{text}");
     assert!(text.contains("SQLite") && text.contains("THE PROMISE HELD"), "{text}");
+}
+
+/// It leaves no folder behind, nor processes, which work in it.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_demo_that_is_told_to_end_leaves_nothing_behind() {
+    let bed = Bed::unmigrated().await;
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let working = || {
+        let processes = std::fs::read_dir("/proc").into_iter().flatten().flatten();
+        let folders = processes.filter_map(|process| std::fs::read_link(process.path().join("cwd")).ok());
+        folders.filter(|cwd| cwd.starts_with(folder.path())).count()
+    };
+    // As if a Postgres of the user's own were meant.
+    for (arguments, postgres) in
+        [(&["demo", "--plain"][..], false), (&["demo", "--plain", "--postgres"], true)]
+    {
+        let mut child = bed
+            .command(arguments)
+            .env("TMPDIR", folder.path())
+            .envs(postgres.then_some([("PGPORT", "5433"), ("PGSSLMODE", "require")]).into_iter().flatten())
+            .stdout(std::process::Stdio::piped())
+            .spawn()
+            .expect("the binary starts");
+        let mut lines = BufReader::new(child.stdout.take().expect("piped")).lines();
+        while !lines.next_line().await.expect("a line").expect("output").contains("leased") {}
+        #[cfg(target_os = "linux")]
+        assert!(working() >= 3);
+        let pid = rustix::process::Pid::from_raw(child.id().expect("it runs").cast_signed()).expect("a pid");
+        rustix::process::kill_process(pid, rustix::process::Signal::TERM).expect("a signal");
+        let ended =
+            tokio::time::timeout(PATIENCE, child.wait()).await.expect("it ends").expect("it was started");
+        assert_eq!(ended.code(), Some(143));
+        let start = std::time::Instant::now();
+        while working() > 0 || folder.path().read_dir().expect("the folder").next().is_some() {
+            assert!(start.elapsed() < PATIENCE, "left behind: {} processes", working());
+            tokio::time::sleep(20 * MS).await;
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_misspelt_sqlite_file_is_not_made() {
+    let bed = Bed::unmigrated().await;
+    for command in ["status", "check", "run", "enqueue"] {
+        let output = bed.leasehold(&[command, "--database-url", "sqlite://typo.db"], None).await;
+        assert_eq!(output.status.code(), Some(1), "{command}");
+        assert!(text(&output).contains("there is no file typo.db"), "{command}: {}", text(&output));
+    }
+    let output = bed.leasehold(&["migrate", "--database-url", "sqlite://right.db"], None).await;
+    assert!(output.status.success(), "{}", text(&output));
+    let output = bed.leasehold(&["status", "--database-url", "sqlite://right.db"], None).await;
+    assert!(output.status.success(), "{}", text(&output));
 }

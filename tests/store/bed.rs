@@ -423,7 +423,7 @@ impl Lite {
         let now = Arc::clone(now);
         let clock = Arc::new(move || DbTime::from_micros(now.load(Ordering::SeqCst)));
         let options = SqliteOptions { clock, ..SqliteOptions::new(TIMEOUT, MAX_PAYLOAD) };
-        Sqlite::open(url, options).await.expect("a store")
+        Sqlite::open(url, options, true).await.expect("a store")
     }
 }
 

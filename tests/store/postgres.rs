@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use leasehold::adapters::postgres::{PLANS, Postgres, PostgresOptions, claim_of_front};
+use leasehold::adapters::store::NewEvent;
 use leasehold::machine::{
     Answer, ClaimFailure, DbTime, LeaseKey, RenewRequest, Row as Model, RowId, SettleRequest, Status,
     StoreFault, Token, Unsendable, WorkerId,
@@ -31,8 +32,36 @@ pub(crate) async fn locking(bed: &Pg, row: i64) -> PgConnection {
     other
 }
 
+/// A command tries once, so that it asks the host that doesn't answer and the next one.
+#[test]
+fn a_command_finds_the_host_that_takes_writes() {
+    on_postgres(async |bed| {
+        let options = bed.pool.connect_options();
+        let place = match options.get_socket() {
+            Some(path) => path.display().to_string().replace('/', "%2F"),
+            None => format!("{}:{}", options.get_host(), options.get_port()),
+        };
+        let user = bed.url.split(['/', '@']).nth(2).expect("a user");
+        let url = format!("postgres://{user}@127.0.0.1:1,{place}/{}", bed.database);
+        let store = Postgres::new(&url, crate::bed::options()).unwrap();
+        store.migrate().await.unwrap();
+        store.check_schema().await.unwrap();
+        store.server_version().await.unwrap();
+        let event = NewEvent {
+            event_id: None,
+            event_type: "t".into(),
+            destination_url: A.into(),
+            payload: "{}".into(),
+            max_attempts: None,
+            next_attempt_at: None,
+        };
+        assert_eq!(store.enqueue(&[event]).await.unwrap().len(), 1);
+        assert_eq!(store.status().await.unwrap().pending, 1);
+    });
+}
+
 /// Returns once that many sessions wait for a lock.
-async fn until_waiting(bed: &Pg, sessions: i64) {
+pub(crate) async fn until_waiting(bed: &Pg, sessions: i64) {
     loop {
         let waiting: i64 = sqlx::query_scalar(
             "select count(*) from pg_stat_activity where datname = current_database() and wait_event_type = 'Lock'",

@@ -8,7 +8,7 @@ use leasehold::machine::{DbTime, Row as Model, Status};
 
 use crate::bed::{A, B, Bed, Pg, on_postgres, on_sqlite, options};
 use crate::contract::on_both;
-use crate::postgres::{exec, locking};
+use crate::postgres::{exec, locking, session, until_waiting};
 
 on_both! {
     only_delivered_events_of_that_age_are_deleted
@@ -162,7 +162,7 @@ fn a_day_is_dropped_when_all_of_it_is_old_enough() {
         assert_eq!(bed.retire(retain, WHOLE).await.unwrap().events, 3);
         let walk = async |time| {
             bed.set_clock(time).await;
-            bed.retire(retain, WHOLE).await.unwrap();
+            bed.store().drop_day(2 * DAY).await.unwrap();
             days(bed).await.len()
         };
         // The 7th ends as the 8th begins.
@@ -196,6 +196,42 @@ fn a_locked_event_is_skipped_and_holds_up_no_other() {
             assert_eq!(bed.rows().await[0].id, ids[1]);
             assert_eq!(bed.retire(retain, WHOLE).await.unwrap().events, 1, "{retain:?}");
         }
+    });
+}
+
+#[test]
+fn an_event_that_is_set_back_meanwhile_stays() {
+    on_postgres(async |bed| {
+        let store = bed.again().await;
+        let retain = Retain::Delete(SETTLED_FOR);
+        // Who asks for the time once more than a plan is made with waits at a gate: by then the statement sees the events
+        // as they were.
+        let mut gate = session(bed).await;
+        exec(
+            &mut gate,
+            "create sequence leasehold.calls;
+             create or replace function leasehold.early_now() returns timestamptz language plpgsql stable as $$ begin
+                 if nextval('leasehold.calls') > 1000 then
+                     perform pg_advisory_lock_shared(1), pg_advisory_unlock_shared(1);
+                 end if;
+                 return (select early from leasehold.test_clock);
+             end $$",
+        )
+        .await;
+        store.retire(retain, WHOLE).await.unwrap();
+        let id = bed.insert(A, "{}", &delivered_at(before(bed.now(), HOUR))).await;
+        exec(
+            &mut gate,
+            "select setval('leasehold.calls', 1000 - last_value) from leasehold.calls; select pg_advisory_lock(1)",
+        )
+        .await;
+        let retiring = tokio::spawn(async move { store.retire(retain, WHOLE).await });
+        until_waiting(bed, 1).await;
+        let again =
+            "update leasehold.outbox_events set delivery_status = 'pending', delivered_at = null where id = ";
+        exec(&mut gate, &format!("{again}{id}; select pg_advisory_unlock(1)")).await;
+        assert_eq!(retiring.await.unwrap().unwrap().events, 0);
+        assert_eq!(bed.rows().await.len(), 1);
     });
 }
 
@@ -261,10 +297,11 @@ fn who_reads_the_archive_keeps_its_oldest_day_and_holds_up_nothing_else() {
         exec(&mut reader, "select from leasehold.outbox_archive").await;
         bed.set_clock(march(20, 0)).await;
         bed.insert(A, "{}", &delivered_at(march(19, 1))).await;
+        bed.store().drop_day(DAY).await.unwrap();
         assert_eq!(bed.retire(retain, WHOLE).await.unwrap().events, 1);
         assert_eq!(days(bed).await.len(), 2);
         exec(&mut reader, "commit").await;
-        bed.retire(retain, WHOLE).await.unwrap();
+        bed.store().drop_day(DAY).await.unwrap();
         assert_eq!(days(bed).await.len(), 1);
     });
 }

@@ -1,7 +1,7 @@
 //! What the commands ask of the outbox beside a worker's calls: its schema, new events, counts.
 
+use sqlx::postgres::{PgConnection, PgRow};
 use sqlx::{Connection as _, Row as _};
-use tokio::time::timeout;
 
 use super::Postgres;
 use super::error::{database, text};
@@ -17,8 +17,7 @@ impl Postgres {
     /// When the database refuses.
     pub async fn migrate(&self) -> Result<(), StoreError> {
         const DOING: &str = "migrating";
-        let mut connection =
-            self.hosts.connect_plain().await.map_err(|error| database("connecting", &error))?;
+        let mut connection = self.connect(false).await?;
         let encoding = sqlx::raw_sql("show server_encoding").fetch_one(&mut connection).await;
         let encoding = encoding.and_then(|row| row.try_get::<String, _>(0));
         let encoding = encoding.map_err(|error| database(DOING, &error))?;
@@ -69,22 +68,7 @@ impl Postgres {
     /// # Errors
     /// [`StoreError::Schema`] or what kept it from looking.
     pub async fn check_schema(&self) -> Result<(), StoreError> {
-        let version = match self.ask("select max(version) from leasehold.migrations").await {
-            Ok(row) => row.try_get::<Option<i32>, _>(0).map(Option::unwrap_or_default),
-            Err(sqlx::Error::Database(error))
-                if matches!(error.code().as_deref(), Some("42P01" | "3F000")) =>
-            {
-                Ok(0)
-            }
-            Err(error) => Err(error),
-        };
-        let version = version.map_err(|error| database("looking for the schema", &error))?;
-        match MIGRATIONS.last() {
-            Some((newest, _)) if version < *newest => {
-                Err(StoreError::Schema { missing: format!("schema version {version}, needed {newest}") })
-            }
-            _ => Ok(()),
-        }
+        check_schema(&mut self.connect(true).await?).await
     }
 
     /// Inserts events in one transaction: all or none. Returns their ids, in order.
@@ -92,15 +76,15 @@ impl Postgres {
     /// # Errors
     /// When the database refuses any of them.
     pub async fn enqueue(&self, events: &[NewEvent]) -> Result<Vec<String>, StoreError> {
-        self.check_schema().await?;
+        let mut connection = self.connect(true).await?;
+        check_schema(&mut connection).await?;
         let doing = |error: sqlx::Error| match &error {
             sqlx::Error::Database(refused) if refused.code().as_deref() == Some("23505") => {
                 StoreError::Duplicate { error: text(&error) }
             }
             _ => database("enqueueing", &error),
         };
-        let mut connection = self.claims.acquire().await.map_err(doing)?;
-        let mut transaction = connection.get().begin().await.map_err(doing)?;
+        let mut transaction = connection.begin().await.map_err(doing)?;
         let mut ids = Vec::with_capacity(events.len());
         for batch in events.chunks(1_000) {
             let column = |of: fn(&NewEvent) -> Option<String>| batch.iter().map(of).collect::<Vec<_>>();
@@ -135,11 +119,9 @@ impl Postgres {
     /// # Errors
     /// When the database can't be read or has no schema.
     pub async fn status(&self) -> Result<Status, StoreError> {
-        self.check_schema().await?;
         // All of the table is read: with its plans for calls that would be by way of an index.
-        let connection = timeout(self.options.store_timeout, self.hosts.connect_plain()).await;
-        let connection = connection.unwrap_or(Err(sqlx::Error::PoolTimedOut));
-        let mut connection = connection.map_err(|error| database("connecting", &error))?;
+        let mut connection = self.connect(false).await?;
+        check_schema(&mut connection).await?;
         let row = sqlx::raw_sql(
             "select
                  count(*) filter (where delivery_status = 'pending') as pending,
@@ -177,7 +159,36 @@ impl Postgres {
     /// # Errors
     /// When the database can't be reached.
     pub async fn server_version(&self) -> Result<String, StoreError> {
-        let row = self.ask("show server_version").await;
+        let row = ask(&mut self.connect(true).await?, "show server_version").await;
         row.and_then(|row| row.try_get(0)).map_err(|error| database("connecting", &error))
     }
+
+    /// A command has but one try, so that it asks every host.
+    async fn connect(&self, bounded: bool) -> Result<PgConnection, StoreError> {
+        let connection = self.hosts.connect_to_any(bounded, self.options.store_timeout).await;
+        connection.map_err(|error| database("connecting", &error))
+    }
+}
+
+async fn check_schema(connection: &mut PgConnection) -> Result<(), StoreError> {
+    let version = match ask(connection, "select max(version) from leasehold.migrations").await {
+        Ok(row) => row.try_get::<Option<i32>, _>(0).map(Option::unwrap_or_default),
+        Err(sqlx::Error::Database(error)) if matches!(error.code().as_deref(), Some("42P01" | "3F000")) => {
+            Ok(0)
+        }
+        Err(error) => Err(error),
+    };
+    let version = version.map_err(|error| database("looking for the schema", &error))?;
+    match MIGRATIONS.last() {
+        Some((newest, _)) if version < *newest => {
+            Err(StoreError::Schema { missing: format!("schema version {version}, needed {newest}") })
+        }
+        _ => Ok(()),
+    }
+}
+
+/// The one row of a question without parameters, as one message: a pooler in transaction mode may give two messages that
+/// are in no transaction to two servers.
+async fn ask(connection: &mut PgConnection, question: &'static str) -> Result<PgRow, sqlx::Error> {
+    sqlx::raw_sql(question).fetch_one(connection).await
 }

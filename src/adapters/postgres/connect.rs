@@ -12,7 +12,6 @@ use tokio::sync::{Semaphore, SemaphorePermit};
 use tokio::time::{Instant, timeout};
 
 use super::PostgresOptions;
-use crate::adapters::store::StoreError;
 
 /// Settings of the connections that calls are made on. Plans are made once a connection, as planning a claim took a
 /// quarter of the time of its execution. A plan that is kept must not depend on how little was in the table when it was
@@ -44,15 +43,14 @@ fn host_list(url: &str) -> Option<Range<usize>> {
 }
 
 impl Hosts {
-    pub(super) fn parse(url: &str, options: &PostgresOptions) -> Result<Self, StoreError> {
-        // What is wrong is said without the URL, which may hold a password.
-        let wrong = |error: String| StoreError::Database { doing: "reading DATABASE_URL", error };
-        let list = host_list(url).ok_or_else(|| wrong("no `://` in it".into()))?;
+    /// What is wrong is said without the URL, which may hold a password.
+    pub(super) fn parse(url: &str, options: &PostgresOptions) -> Result<Self, String> {
+        let list = host_list(url).ok_or("no `://` in it")?;
         let mut plain = Vec::new();
         for host in url[list.clone()].split(',') {
             let one = format!("{}{host}{}", &url[..list.start], &url[list.end..]);
             let one = one.replace("target_session_attrs=read-write", "");
-            let parsed = PgConnectOptions::from_str(&one).map_err(|error| wrong(super::text(&error)))?;
+            let parsed = PgConnectOptions::from_str(&one).map_err(|error| super::text(&error))?;
             // sqlx would look an address with its brackets up as a name.
             let host = parsed.get_host().trim_matches(['[', ']']).to_owned();
             let parsed = parsed.host(&host).application_name("leasehold").disable_statement_logging();
@@ -81,16 +79,26 @@ impl Hosts {
         Ok(connection)
     }
 
-    /// A connection outside of the lanes, without `statement_timeout`.
-    pub(super) async fn connect_plain(&self) -> Result<PgConnection, sqlx::Error> {
+    /// A connection outside of the lanes, to the first host that takes writes; each has its share of `within`. Only a
+    /// `bounded` one has a `statement_timeout`.
+    pub(super) async fn connect_to_any(
+        &self,
+        bounded: bool,
+        within: Duration,
+    ) -> Result<PgConnection, sqlx::Error> {
+        let hosts = if bounded { &self.bounded } else { &self.plain };
+        let share = within / u32::try_from(hosts.len()).unwrap_or(u32::MAX);
         let mut last = sqlx::Error::PoolTimedOut;
-        for host in &self.plain {
-            match PgConnection::connect_with(host).await {
-                Ok(mut connection) => match refuse_standby(&mut connection).await {
-                    Ok(()) => return Ok(connection),
-                    Err(error) => last = error,
-                },
-                Err(error) => last = error,
+        for host in hosts {
+            let connecting = async {
+                let mut connection = PgConnection::connect_with(host).await?;
+                refuse_standby(&mut connection).await?;
+                Ok(connection)
+            };
+            match timeout(share, connecting).await {
+                Ok(Ok(connection)) => return Ok(connection),
+                Ok(Err(error)) => last = error,
+                Err(_) => last = sqlx::Error::PoolTimedOut,
             }
         }
         Err(last)

@@ -105,7 +105,9 @@ impl Postgres {
     /// # Errors
     /// When the URL can't be read; the text shows no password.
     pub fn new(url: &str, options: PostgresOptions) -> Result<Self, StoreError> {
-        let hosts = Arc::new(Hosts::parse(url, &options)?);
+        let hosts = Hosts::parse(url, &options);
+        let hosts = hosts.map_err(|error| StoreError::Database { doing: "reading DATABASE_URL", error })?;
+        let hosts = Arc::new(hosts);
         Ok(Self {
             claims: Lane::new(&hosts, 1, options.store_timeout),
             settles: Lane::new(&hosts, 1, options.store_timeout),
@@ -124,13 +126,13 @@ impl Postgres {
         })
     }
 
-    /// The one row of a question without parameters, as one message: a pooler in transaction mode may give two messages
-    /// that are in no transaction to two servers.
-    async fn ask(&self, question: &'static str) -> Result<PgRow, sqlx::Error> {
-        let mut connection = self.claims.acquire().await?;
-        let row = sqlx::raw_sql(question).fetch_one(connection.get()).await?;
-        connection.put_back();
-        Ok(row)
+    /// Whether a URL can be read, without connecting.
+    ///
+    /// # Errors
+    /// What is wrong with it; no password.
+    pub fn check_url(url: &str) -> Result<(), String> {
+        let any = PostgresOptions { store_timeout: SILENCE, max_payload: 0, prepared_statements: true };
+        Hosts::parse(url, &any).map(drop)
     }
 
     /// Says in the table of sleepers whether this worker sleeps, if that isn't what it says there already. Should it

@@ -28,8 +28,7 @@ const OVER: &str = "select min(relname::text) from pg_inherits join pg_class on 
      end";
 
 impl Postgres {
-    /// Moves or deletes the delivered events of a page that are old enough, unless another worker is at it. A walk that
-    /// begins drops the oldest day of the archive, if that is over for long enough.
+    /// Moves or deletes the delivered events of a page that are old enough, unless another worker is at it.
     ///
     /// # Errors
     /// When the database refuses; nothing of the page has been done then.
@@ -40,17 +39,24 @@ impl Postgres {
             Retain::Archive(_) => SETTLED_FOR,
         };
         let mut connection = self.retiring.acquire().await.map_err(|error| database("connecting", &error))?;
-        if let Retain::Archive(keep_for) = retain
-            && page.after == 0
-        {
-            let dropped = self.drop_a_day(connection.get(), keep_for).await;
-            dropped.map_err(|error| self.failed(connection.host, "dropping a day of the archive", &error))?;
-        }
         let retired = self.retire_page(&mut connection, retain, age, page).await;
         let retired =
             retired.map_err(|error| self.failed(connection.host, "retiring delivered events", &error))?;
         connection.put_back();
         Ok(retired)
+    }
+
+    /// Drops the oldest day of the archive if that is over for longer than `keep_for`, unless another worker is at it or
+    /// somebody reads it.
+    ///
+    /// # Errors
+    /// When the database refuses.
+    pub async fn drop_day(&self, keep_for: Duration) -> Result<(), StoreError> {
+        let mut connection = self.retiring.acquire().await.map_err(|error| database("connecting", &error))?;
+        let dropped = self.drop_a_day(connection.get(), keep_for).await;
+        dropped.map_err(|error| self.failed(connection.host, "dropping a day of the archive", &error))?;
+        connection.put_back();
+        Ok(())
     }
 
     fn failed(&self, host: usize, doing: &'static str, error: &sqlx::Error) -> StoreError {

@@ -15,6 +15,9 @@ ripe as materialized (
         where delivery_status = 'delivered'
             and delivered_at <= leasehold.early_now() - $3 * interval '1 microsecond'
     ))
+        -- Again, since it is looked at anew once it is locked: it may have been set back to pending.
+        and event.delivery_status = 'delivered'
+        and event.delivered_at <= leasehold.early_now() - $3 * interval '1 microsecond'
     order by event.id
     for update skip locked
 )

@@ -125,18 +125,30 @@ struct Write<'a> {
 }
 
 impl Sqlite {
-    /// Opens the file, making it if it is not there.
+    /// Whether a URL can be read, without opening the file.
+    ///
+    /// # Errors
+    /// What is wrong with it.
+    pub fn check_url(url: &str) -> Result<(), String> {
+        SqliteConnectOptions::from_str(url).map(drop).map_err(|error| text(&error))
+    }
+
+    /// Opens the file; only with `create` is it made if it is not there.
     ///
     /// # Errors
     /// When the URL can't be read or the file can't be opened.
-    pub async fn open(url: &str, options: SqliteOptions) -> Result<Self, StoreError> {
+    pub async fn open(url: &str, options: SqliteOptions, create: bool) -> Result<Self, StoreError> {
         let connect = SqliteConnectOptions::from_str(url)
             .map_err(|error| database("reading DATABASE_URL", &error))?
-            .create_if_missing(true)
+            .create_if_missing(create)
             .journal_mode(SqliteJournalMode::Wal)
             .synchronous(SqliteSynchronous::Full)
             .busy_timeout(options.store_timeout)
             .disable_statement_logging();
+        let file = connect.get_filename();
+        if !create && !file.exists() {
+            return Err(StoreError::Schema { missing: format!("there is no file {}", file.display()) });
+        }
         let open = |connections, connect| {
             let pool =
                 SqlitePoolOptions::new().max_connections(connections).acquire_timeout(options.store_timeout);

@@ -5,6 +5,8 @@ use std::fmt;
 use secrecy::{ExposeSecret as _, SecretString};
 
 use super::SettingsError;
+use crate::adapters::postgres::Postgres;
+use crate::adapters::sqlite::Sqlite;
 
 /// Which database a URL names.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -39,12 +41,21 @@ impl DatabaseUrl {
             let file = text.strip_prefix("sqlite:")?.trim_start_matches('/');
             let file = file.split('?').next().unwrap_or_default();
             // An outbox in memory would be lost, and each connection would have its own.
-            if file.is_empty() || file == ":memory:" {
+            if file.is_empty() || file == ":memory:" || text.contains("mode=memory") {
                 return None;
             }
             Database::Sqlite
         };
         Some(Self { database, url: text.to_owned().into() })
+    }
+
+    /// What its driver doesn't understand of it; no password.
+    pub(super) fn problem(&self) -> Option<String> {
+        let read = match self.database {
+            Database::Postgres => Postgres::check_url(self.expose()),
+            Database::Sqlite => Sqlite::check_url(self.expose()),
+        };
+        read.err()
     }
 
     /// The URL with its password: to connect, never to show.

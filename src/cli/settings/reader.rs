@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use tracing_subscriber::EnvFilter;
+use tracing_subscriber::filter::LevelFilter;
 
 use super::database::{Database, DatabaseUrl};
 use super::table::{Kind, PREFIX, SETTINGS, Setting, lookup};
@@ -179,6 +180,11 @@ impl Reader<'_> {
     /// Everything is read before anything is given up, so that every mistake is found.
     fn settings(&mut self, needs: Needs) -> Option<Settings> {
         let database = self.optional("database_url", Kind::DatabaseUrl.allowed(), DatabaseUrl::parse);
+        if let Ok(Some(url)) = &database
+            && let Some(problem) = url.problem()
+        {
+            self.problems.push(format!("{} can't be read: {problem}", self.key("database_url")));
+        }
         if needs.database && database.as_ref().is_ok_and(Option::is_none) {
             let allowed = Kind::DatabaseUrl.allowed();
             self.problems.push(format!("DATABASE_URL is not set; allowed is {allowed}"));
@@ -197,7 +203,7 @@ impl Reader<'_> {
         let address = "an address and port such as 127.0.0.1:9090";
         let admin_addr = self.optional("admin_addr", address, |text| text.parse().ok());
         let filter = self.value("log", "a level (error, warn, info, debug, trace) or target=level", |text| {
-            EnvFilter::builder().parse(text).is_ok().then(|| text.to_owned())
+            is_filter(text).then(|| text.to_owned())
         });
         let format = self.value("log_format", "text or json", |text| match text {
             "text" => Some(LogFormat::Text),
@@ -245,34 +251,41 @@ impl Reader<'_> {
         let [heartbeat, store_timeout, fence_margin, reclaim_grace] =
             ["heartbeat", "store_timeout", "fence_margin", "reclaim_grace"]
                 .map(|name| self.optional(name, Kind::Duration.allowed(), parse_duration));
+        let complete = lease.is_some()
+            && [&heartbeat, &store_timeout, &fence_margin, &reclaim_grace].iter().all(|given| given.is_ok());
         let raw = RawTiming {
-            lease: lease?,
-            heartbeat: heartbeat.ok()?,
-            store_timeout: store_timeout.ok()?,
-            fence_margin: fence_margin.ok()?,
-            reclaim_grace: reclaim_grace.ok()?,
+            // The longest has room for whatever the others may be.
+            lease: lease.unwrap_or(Duration::from_secs(24 * 3_600)),
+            heartbeat: heartbeat.unwrap_or_default(),
+            store_timeout: store_timeout.unwrap_or_default(),
+            fence_margin: fence_margin.unwrap_or_default(),
+            reclaim_grace: reclaim_grace.unwrap_or_default(),
         };
-        if database.is_some_and(|url| url.database == Database::Sqlite) && raw.lease < Duration::from_secs(2)
-        {
+        let too_short = database.is_some_and(|url| url.database == Database::Sqlite)
+            && (Duration::from_secs(1)..Duration::from_secs(2)).contains(&raw.lease);
+        if too_short {
             self.refuse("lease", "2s or more on SQLite");
-            return None;
         }
-        let error = match Timing::parse(raw) {
-            Ok(timing) => return Some(timing),
-            Err(error) => error,
+        let errors = match Timing::parse(raw) {
+            Ok(timing) => return (complete && !too_short).then_some(timing),
+            Err(errors) => errors,
         };
-        let name = match error {
-            TimingError::Lease(_) => "lease",
-            TimingError::Heartbeat(_) => "heartbeat",
-            TimingError::StoreTimeout(_) => "store_timeout",
-            TimingError::FenceMargin(_) => "fence_margin",
-            TimingError::ReclaimGrace(_) => "reclaim_grace",
-            TimingError::Rule { .. } => {
-                self.problems.push(error.to_string());
-                return None;
-            }
-        };
-        self.blame(name, &error);
+        for error in errors {
+            let name = match error {
+                TimingError::Lease(_) => "lease",
+                TimingError::Heartbeat(_) => "heartbeat",
+                TimingError::StoreTimeout(_) => "store_timeout",
+                TimingError::FenceMargin(_) => "fence_margin",
+                TimingError::ReclaimGrace(_) => "reclaim_grace",
+                TimingError::Rule { .. } => {
+                    if complete {
+                        self.problems.push(error.to_string());
+                    }
+                    continue;
+                }
+            };
+            self.blame(name, &error);
+        }
         None
     }
 
@@ -303,7 +316,8 @@ impl Reader<'_> {
         let fail_statuses = self.list("fail_statuses", "statuses from 300 to 599 with commas", status);
         let counts = [in_flight, per_destination, claim_batch, reclaim_limit, jitter_bps, budget];
         let durations = [poll_interval, drain_timeout, initial, max, retry_after_max];
-        let complete = counts.iter().all(Option::is_some) && durations.iter().all(Option::is_some);
+        let complete =
+            counts.iter().all(Option::is_some) && durations.iter().all(Option::is_some) && max_leased.is_ok();
         let (complete, fail_statuses) =
             (complete && fail_statuses.is_some(), fail_statuses.unwrap_or_default());
         // What was refused already has a sound stand-in, so that the rest is checked all the same.
@@ -312,7 +326,7 @@ impl Reader<'_> {
         let limits = Limits {
             max_in_flight: in_flight,
             max_in_flight_per_destination: per_destination.unwrap_or(1),
-            max_leased: max_leased.ok()?.unwrap_or(in_flight.saturating_add(claim_batch)),
+            max_leased: max_leased.unwrap_or_default().unwrap_or(in_flight.saturating_add(claim_batch)),
             claim_batch,
             poll_interval: poll_interval.unwrap_or(hour),
             drain_timeout: drain_timeout.unwrap_or(hour),
@@ -458,6 +472,13 @@ fn did_you_mean(unknown: &str, known: impl Iterator<Item = String>) -> String {
         .filter(|(distance, _)| *distance <= 3)
         .map(|(_, name)| format!("; did you mean {name}?"))
         .unwrap_or_default()
+}
+
+/// A level, or directives. A lone word that is no level would be taken for a target and silence all others.
+fn is_filter(text: &str) -> bool {
+    let known =
+        |directive: &str| directive.contains(['=', '[']) || directive.trim().parse::<LevelFilter>().is_ok();
+    text.split(',').all(known) && EnvFilter::builder().parse(text).is_ok()
 }
 
 /// The host name as a worker's name.

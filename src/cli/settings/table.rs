@@ -122,13 +122,3 @@ pub const SETTINGS: &[Setting] = &[
 pub(super) fn lookup(name: &str) -> Option<&'static Setting> {
     SETTINGS.iter().find(|setting| setting.name == name)
 }
-
-/// A table of all settings in Markdown, for the documentation.
-pub fn reference() -> String {
-    let mut text = String::from("| variable | default | |\n|---|---|---|\n");
-    for setting in SETTINGS {
-        let default = setting.default.map(|value| format!("`{value}`")).unwrap_or_default();
-        text += &format!("| `{}` | {default} | {} |\n", setting.variable(), setting.help);
-    }
-    text
-}
