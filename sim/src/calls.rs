@@ -123,8 +123,8 @@ impl World<'_> {
         }
     }
 
-    pub(crate) fn go_on(&mut self, waiting: Option<u32>) {
-        if let Some(id) = waiting {
+    pub(crate) fn go_on(&mut self, waiting: impl IntoIterator<Item = u32>) {
+        for id in waiting {
             self.at(self.now, Happening::LocksTurn(id));
         }
     }

@@ -453,15 +453,39 @@ fn late_calls(schedule: &mut Schedule, rng: &mut Rng, faults: &mut Vec<Timed>) {
     }
 }
 
-/// Rows are locked for less than `R` while requests for them are open, so that renewals pass over them.
+/// Rows are locked for less than `R` while requests for them are open, so that renewals pass over them: some of them
+/// beside rows that stay locked, some where each call takes nearly as long as it may.
 fn short_locks(schedule: &mut Schedule, rng: &mut Rng, faults: &mut Vec<Timed>) {
     linger(schedule);
     let Settings { store_timeout: timeout, lease, .. } = schedule.settings[0];
+    let lock = |rng: &mut Rng, event: u64, after: u64, lasts: u64| {
+        let at = schedule.events[event as usize].at + after;
+        let fault = Fault::LockRow(event as u32);
+        Timed { at: at + rng.below(MS), lasts, fault }
+    };
+    let events = schedule.events.len() as u64;
     for _ in 0..rng.within(2, 10) {
-        let event = rng.below(schedule.events.len() as u64) as u32;
-        let at = schedule.events[event as usize].at + rng.below(lease);
+        let (event, after) = (rng.below(events), rng.below(lease));
         let lasts = rng.within(timeout / 2, timeout);
-        faults.push(Timed { at, lasts, fault: Fault::LockRow(event) });
+        faults.push(lock(rng, event, after, lasts));
+    }
+    if rng.percent(50) {
+        // Whole batches stand behind rows that stay locked.
+        for destination in &mut schedule.destinations {
+            destination.manners = vec![(100, Manner::Ok(2 * lease, 4 * lease))];
+        }
+        let first = rng.below(events);
+        for event in first..(first + rng.within(3, 8)).min(events) {
+            let (after, lasts) = (rng.below(lease / 8), rng.within(lease, 2 * lease));
+            faults.push(lock(rng, event, after, lasts));
+        }
+    }
+    if rng.percent(30) {
+        let (_, network) = schedule.pace.network;
+        let (_, commit) = schedule.pace.commit;
+        // There and back within `R`.
+        let most = (timeout.saturating_sub(commit) / 2).saturating_sub(network + MS);
+        faults.push(Timed { at: 0, lasts: 8 * lease, fault: Fault::Delay(most) });
     }
 }
 

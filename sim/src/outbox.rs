@@ -70,18 +70,18 @@ impl Outbox {
         self.statements.get_mut(&id).is_none_or(|statement| self.store.begin_work(id, statement, self.now))
     }
 
-    /// A statement that has its locks commits. Answers its reply, and which statement goes on now.
+    /// A statement that has its locks commits. Answers its reply, and which statement goes on now: of two sessions, one.
     pub fn commit(&mut self, id: u32) -> Option<(Reply, Option<u32>)> {
         let statement = self.statements.remove(&id)?;
         let reply = self.store.commit(&statement, self.now, &mut Vec::new());
-        Some((reply, self.store.finish(id, &statement)))
+        Some((reply, self.store.finish(id, &statement).pop()))
     }
 
     /// A statement is rolled back. Answers which one goes on now.
     pub fn roll_back(&mut self, id: u32) -> Option<u32> {
         let statement = self.statements.remove(&id)?;
         self.store.stop_waiting(id);
-        self.store.roll_back(id, &statement, &mut Vec::new())
+        self.store.roll_back(id, &statement, &mut Vec::new()).pop()
     }
 
     /// An outside session locks a row. Answers `false` if it is locked already.

@@ -339,16 +339,16 @@ impl Store {
     }
 
     /// After a commit: lets go of the statement's rows.
-    pub(crate) fn finish(&mut self, id: u32, statement: &Statement) -> Option<u32> {
+    pub(crate) fn finish(&mut self, id: u32, statement: &Statement) -> Vec<u32> {
         self.unlock(id, &statement.rows)
     }
 
-    /// Lets go of a statement's rows. Answers the statement that may go on now, if one had waited for them.
-    fn unlock(&mut self, id: u32, rows: &[u32]) -> Option<u32> {
-        let mut next = None;
+    /// Lets go of a statement's rows. Answers the statements that may go on now, since they had waited for them.
+    fn unlock(&mut self, id: u32, rows: &[u32]) -> Vec<u32> {
+        let mut next = Vec::new();
         for row in rows {
             if self.meta[*row as usize].lock == Lock::Statement(id) {
-                next = next.or(self.free(*row));
+                next.extend(self.free(*row));
             }
         }
         next
@@ -361,7 +361,7 @@ impl Store {
     }
 
     /// Rolls a statement back: its rows are as they were.
-    pub(crate) fn roll_back(&mut self, id: u32, statement: &Statement, facts: &mut Vec<Fact>) -> Option<u32> {
+    pub(crate) fn roll_back(&mut self, id: u32, statement: &Statement, facts: &mut Vec<Fact>) -> Vec<u32> {
         let dropped =
             statement.rows.iter().map(|row| Fact::LockDropped { event: *row, since: statement.locked });
         facts.extend(dropped);

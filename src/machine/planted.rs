@@ -17,6 +17,7 @@ planted! {
     QueueNotRenewed,
     OutcomeNotRenewed,
     AloneNever,
+    LockedLeftOut,
     TwoRenewals,
     DeadlineFromReply,
     FenceNever,

@@ -34,9 +34,10 @@ impl Oracle {
         excuses.add(Excuse::Ended, holder.down == Some(Down::Ended));
         excuses.add(Excuse::Stopped, holder.stopped_between(since, self.now) > margin);
         excuses.add(Excuse::ClockWrong, self.clock_error(lease.worker, since) > margin);
+        // A renewal that waits for a row alone has no answer for as long as somebody keeps that row: no excuse for others.
         let missed = |lane: usize| holder.lanes[lane].double_miss.is_some_and(|at| at >= calls_since);
         let unknown = lease.confirmed == crate::ledger::UNKNOWN;
-        excuses.add(Excuse::Unanswered, missed(1) || missed(2) || (unknown && (missed(0) || missed(3))));
+        excuses.add(Excuse::Unanswered, missed(1) || (unknown && (missed(0) || missed(3))));
         let event = &self.events[lease.event as usize];
         let locked = event.locked_since.is_some_and(|from| self.now - from > terms.store_timeout)
             || (event.long_lock.0 >= since && event.long_lock.1 > terms.store_timeout);
@@ -63,8 +64,7 @@ impl Oracle {
             || holder.last_miss.is_some_and(|at| at >= since)
             || self.db.stepped_since(since) > 0
             || self.last_loss.is_some()
-            || self.events[book.event as usize].long_lock.0 >= since.max(1)
-            || self.events[book.event as usize].locked_since.is_some();
+            || book.locked_long;
         if troubled {
             self.stats.unchecked[Invariant::S2 as usize] += 1;
             return Ok(());
@@ -112,6 +112,12 @@ impl Oracle {
             let recent = self.now - book.long_lock.0 < 2_000_000 && book.long_lock.1 > held;
             book.long_lock = (self.now, if recent { book.long_lock.1 } else { held });
         }
+        if book.lease != crate::ledger::NONE {
+            let lease = book.lease as usize;
+            let beyond = held > self.terms_of(self.leases[lease].worker).store_timeout;
+            self.leases[lease].locked_long |= beyond;
+        }
+        let book = &self.events[event as usize];
         let now = self.db.at(self.now);
         if book.lease != crate::ledger::NONE && book.until < now && self.db.at(since) < book.until {
             self.stats.saw(Sometimes::ExpiredUnderLock);

@@ -30,6 +30,8 @@ pub(crate) struct Lease {
     pub(crate) known: i64,
     pub(crate) impossible: bool,
     pub(crate) born_dead: bool,
+    /// Somebody has kept the row locked for longer than the holder's `R`.
+    pub(crate) locked_long: bool,
     /// Its token is so far behind the clock when it commits that a search may pass over it.
     pub(crate) behind: bool,
     /// What excused its loss when it was taken.
@@ -95,6 +97,8 @@ pub(crate) struct Worker {
     /// Since when its clock stands still.
     pub(crate) still_since: Option<Micros>,
     pub(crate) clock_steps: Vec<(Micros, u64)>,
+    /// By how much its clock was set back, in all.
+    pub(crate) set_back: u64,
     pub(crate) worst_ppm: u64,
     pub(crate) lanes: [LaneBook; 4],
     /// When a call last went unanswered.

@@ -18,8 +18,8 @@ impl Oracle {
         let past = u64::try_from(worker.clock.at(self.now) - fence).ok()?;
         let since = self.now.saturating_sub(past + 1);
         let stopped = worker.stopped_between(since, self.now);
-        // A clock that was set back may still be making up for it.
-        let stepped = worker.clock_stepped_since(0);
+        // A clock that was set back may still be making up for it; one that was set forward was so since the fence.
+        let stepped = worker.set_back + worker.clock_stepped_since(since);
         Some((past.saturating_sub(stopped + stepped), stopped + stepped > 0))
     }
 
@@ -29,7 +29,8 @@ impl Oracle {
         let (book, holder, terms) =
             (&self.leases[lease as usize], &self.workers[worker as usize], self.terms_of(worker));
         let fence = book.confirmed.saturating_add((terms.lease - terms.fence_margin) as i64);
-        let allowed = holder.clock.at(self.now) < fence || holder.clock_stepped_since(0) > 0;
+        // A worker's moments don't go back when its clock does.
+        let allowed = holder.clock.at(self.now) < fence.saturating_add(holder.set_back as i64);
         ensure!(self, S3, allowed, "worker {worker} lets a request for event {event} start past its fence");
         Ok(())
     }

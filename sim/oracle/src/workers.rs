@@ -16,6 +16,7 @@ impl Oracle {
             stopped_since: None,
             still_since: None,
             clock_steps: Vec::new(),
+            set_back: 0,
             worst_ppm: u64::from(ppm.unsigned_abs()),
             lanes: [LaneBook::default(); 4],
             last_miss: None,
@@ -52,9 +53,10 @@ impl Oracle {
 
     pub(crate) fn worker_clock(&mut self, worker: u32, local: i64, ppm: i32) -> Verdict {
         let book = &mut self.workers[worker as usize];
-        let off = (local - book.clock.at(self.now)).unsigned_abs();
-        if off > 1 {
-            book.clock_steps.push((self.now, off));
+        let off = local - book.clock.at(self.now);
+        if off.unsigned_abs() > 1 {
+            book.clock_steps.push((self.now, off.unsigned_abs()));
+            book.set_back += u64::try_from(-off).unwrap_or(0);
         }
         // What a clock misses while it stands still is a step when it goes on.
         if let Some(since) = book.still_since.take() {
@@ -176,7 +178,9 @@ impl Oracle {
         if lane_book.misses >= 2 {
             lane_book.double_miss = Some(now);
         }
-        holder.last_miss = Some(now);
+        if lane != Lane::RenewAlone {
+            holder.last_miss = Some(now);
+        }
         holder.unsure |= lane == Lane::Claim;
         self.quiet_since = now;
         Ok(())

@@ -178,7 +178,7 @@ impl World {
                 if freed {
                     hub.emit(Fact::RowUnlocked { event });
                 }
-                hub.wake_statement(next);
+                hub.wake_statements(next);
             }
             Fault::Restart | Fault::Failover(..) => hub.database_up(timed.at, timed.fault),
             Fault::ReadOnly => hub.store.read_only = false,

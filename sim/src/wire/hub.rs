@@ -243,9 +243,9 @@ impl Hub {
         result
     }
 
-    /// A statement that had waited for a lock has its turn.
-    pub(super) fn wake_statement(&mut self, id: Option<u32>) {
-        if let Some(waiting) = id.and_then(|id| self.waiting.remove(&id)) {
+    /// Statements that had waited for a lock have their turn.
+    pub(super) fn wake_statements(&mut self, ids: impl IntoIterator<Item = u32>) {
+        for waiting in ids.into_iter().filter_map(|id| self.waiting.remove(&id)).collect::<Vec<_>>() {
             let _ = waiting.send(());
         }
     }

@@ -141,7 +141,7 @@ impl Hub {
         let impossible = self.store.impossible(&statement);
         if impossible.is_some() || self.draws.rarely(self.weather.abort) {
             let next = self.with_store(|store, _, facts| store.roll_back(id, &statement, facts));
-            self.wake_statement(next);
+            self.wake_statements(next);
             let Some(keys) = impossible else { return (Reply::NotApplied, Vec::new()) };
             for key in keys {
                 let (worker, event, token) = (statement.worker, key.row.0 as u32, key.token.0);
@@ -151,7 +151,7 @@ impl Hub {
         }
         let reply = self.with_store(|store, now, facts| store.commit(&statement, now, facts));
         let next = self.store.finish(id, &statement);
-        self.wake_statement(next);
+        self.wake_statements(next);
         let messages = match &reply {
             Reply::Claim(claimed) => {
                 let events = claimed.grants.iter().map(|grant| grant.key.row.0 as u32);
@@ -168,6 +168,6 @@ impl Hub {
         self.waiting.remove(&id);
         let next = self.with_store(|store, _, facts| store.roll_back(id, &statement, facts));
         self.store.stop_waiting(id);
-        self.wake_statement(next);
+        self.wake_statements(next);
     }
 }

@@ -503,7 +503,7 @@ impl Worker {
             max_attempts: grant.max_attempts,
             reclaims: grant.reclaims,
             confirmed: under_way.sent,
-            heartbeat: Heartbeat::Batched { skips: 0 },
+            heartbeat: Heartbeat::Batched,
             phase: Phase::Behind,
         };
         self.heartbeats.insert((held.confirmed, key));

@@ -119,10 +119,11 @@ enum Phase {
 /// Whether and how a lease is renewed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 enum Heartbeat {
-    /// In the batched statements; skipped that many times in a row.
-    Batched { skips: u8 },
-    /// By a waiting statement of its own, since its row was locked twice in a row.
-    Alone,
+    /// In the batched statements.
+    Batched,
+    /// Its row was locked when a batch came to it, the last time at that moment. It stays in the batches, and stands in
+    /// line for a waiting statement of its own.
+    Locked { skipped: Moment },
     /// Not any more (lost, abandoned) or never (an orphan).
     Off,
 }
@@ -197,6 +198,8 @@ pub struct Worker {
 
     /// Batched heartbeats by last confirmed send.
     heartbeats: BTreeSet<(Moment, LeaseKey)>,
+    /// Heartbeats of locked rows by the moment at which a batch last skipped them.
+    locked: BTreeSet<(Moment, LeaseKey)>,
     /// Leases that a fence would stop (queued, behind or open), by last confirmed send.
     fences: BTreeSet<(Moment, LeaseKey)>,
     renewals: renewals::Renewals,
@@ -229,6 +232,7 @@ impl Worker {
             queued: 0,
             probation: 0,
             heartbeats: BTreeSet::new(),
+            locked: BTreeSet::new(),
             fences: BTreeSet::new(),
             renewals: renewals::Renewals::default(),
             settles: settles::Settles::default(),
@@ -457,11 +461,11 @@ impl Worker {
 
     fn end_heartbeat(&mut self, key: LeaseKey, why: HeartbeatEnd) {
         let Some(held) = self.leases.get_mut(&key) else { return };
-        if held.heartbeat == Heartbeat::Off {
-            return;
-        }
-        held.heartbeat = Heartbeat::Off;
-        self.heartbeats.remove(&(held.confirmed, key));
+        match core::mem::replace(&mut held.heartbeat, Heartbeat::Off) {
+            Heartbeat::Batched => self.heartbeats.remove(&(held.confirmed, key)),
+            Heartbeat::Locked { skipped } => self.locked.remove(&(skipped, key)),
+            Heartbeat::Off => return,
+        };
         self.fences.remove(&(held.confirmed, key));
         self.observe(Observation::HeartbeatEnded { key, why });
     }
@@ -587,8 +591,11 @@ impl Worker {
         let limits = self.settings.limits();
         assert!(self.open <= limits.max_in_flight, "S9: {} requests are open", self.open);
         for (key, held) in &self.leases {
-            let batched = matches!(held.heartbeat, Heartbeat::Batched { .. });
+            let batched = held.heartbeat == Heartbeat::Batched;
             assert_eq!(self.heartbeats.contains(&(held.confirmed, *key)), batched, "heartbeat of {key}");
+            if let Heartbeat::Locked { skipped } = held.heartbeat {
+                assert!(self.locked.contains(&(skipped, *key)), "heartbeat of {key}, which is locked");
+            }
             if self.ended.is_some() {
                 // What a drain's end leaves runs out.
                 assert!(held.heartbeat == Heartbeat::Off, "P8: {key} is renewed after the end");
@@ -605,8 +612,8 @@ impl Worker {
             }
         }
         assert_eq!(
-            self.heartbeats.len(),
-            count(|held| matches!(held.heartbeat, Heartbeat::Batched { .. })) as usize
+            self.heartbeats.len() + self.locked.len(),
+            count(|held| held.heartbeat != Heartbeat::Off) as usize
         );
         for (name, destination) in &self.destinations {
             let of = |held: &&Held| held.destination.as_ref() == Some(name);

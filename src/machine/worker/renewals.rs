@@ -33,20 +33,31 @@ pub(super) struct Renewals {
 }
 
 impl Worker {
-    /// A run of statements begins when the oldest lease is seven eighths of `H` old, takes all that are at least `H/2`
-    /// old, and is over when none is left. The last eighth is for those that wait for the statements before theirs; a
+    /// When a run of statements begins: when the oldest lease is seven eighths of `H` old. It takes all that are at least
+    /// `H/2` old, and is over when none is left. The last eighth is for those that wait for the statements before theirs; a
     /// first failed try has its time in the rule `H + 2R + M <= L`.
+    fn run_due_at(&self) -> Option<Moment> {
+        let (oldest, _) = self.heartbeats.first()?;
+        let half = self.timing().heartbeat() / 2;
+        if planted!(self, HeartbeatLate) {
+            return Some(oldest.after(self.timing().lease()));
+        }
+        let age = if self.renewals.more { half } else { half + half * 3 / 4 };
+        Some(oldest.after(age))
+    }
+
+    /// When locked rows are tried again: a lock that ends must be noticed, however many rows stay locked.
+    fn locked_due_at(&self) -> Option<Moment> {
+        let (skipped, _) = self.locked.first().filter(|_| !planted!(self, LockedLeftOut))?;
+        Some(skipped.after(self.backoff(3)))
+    }
+
     pub(super) fn renewal_due_at(&self) -> Option<Moment> {
         if self.renewals.batch.is_some() && !planted!(self, TwoRenewals) {
             return None;
         }
-        let (oldest, _) = self.heartbeats.first()?;
-        let half = self.timing().heartbeat() / 2;
-        if planted!(self, HeartbeatLate) {
-            return Some(oldest.after(self.timing().lease()).max(self.renewals.retry_at));
-        }
-        let age = if self.renewals.more { half } else { half + half * 3 / 4 };
-        Some(oldest.after(age).max(self.renewals.retry_at))
+        let due = [self.run_due_at(), self.locked_due_at()].into_iter().flatten().min()?;
+        Some(due.max(self.renewals.retry_at))
     }
 
     pub(super) fn alone_due_at(&self) -> Option<Moment> {
@@ -69,7 +80,14 @@ impl Worker {
 
     pub(super) fn start_renewals(&mut self) {
         if self.renewal_due_at().is_some_and(|due| due <= self.now) {
-            let mut keys: Vec<LeaseKey> = self.ripe().take(STATEMENT_MAX).collect();
+            let run = self.run_due_at().is_some_and(|due| due <= self.now);
+            let ripe = if run { STATEMENT_MAX } else { 0 };
+            let mut keys: Vec<LeaseKey> = self.ripe().take(ripe).collect();
+            let full = keys.len() == STATEMENT_MAX;
+            if !planted!(self, LockedLeftOut) {
+                let locked = self.locked.iter().map(|(_, key)| *key);
+                keys.extend(locked.take(STATEMENT_MAX - keys.len()));
+            }
             if planted!(self, QueueNotRenewed) {
                 keys.retain(|key| {
                     self.leases.get(key).is_some_and(|held| !matches!(held.phase, Phase::Queued { .. }))
@@ -79,14 +97,14 @@ impl Worker {
                 }
             }
             keys.sort_unstable();
-            self.renewals.more = keys.len() == STATEMENT_MAX;
+            self.renewals.more = full;
             if !keys.is_empty() {
                 self.renewals.batch = Some(self.renew(keys, false));
             }
         }
         if self.alone_due_at().is_some_and(|due| due <= self.now) {
             while let Some(key) = self.renewals.alone_queue.pop_front() {
-                if self.leases.get(&key).is_some_and(|held| held.heartbeat == Heartbeat::Alone) {
+                if self.leases.get(&key).is_some_and(Held::is_locked) {
                     self.renewals.alone = Some(self.renew(vec![key], true));
                     break;
                 }
@@ -157,7 +175,7 @@ impl Worker {
 
     fn requeue_alone(&mut self, keys: &[LeaseKey]) {
         for key in keys {
-            if self.leases.get(key).is_some_and(|held| held.heartbeat == Heartbeat::Alone) {
+            if self.leases.get(key).is_some_and(Held::is_locked) {
                 self.renewals.alone_queue.push_back(*key);
                 self.renewals.alone_retry_at = self
                     .renewals
@@ -171,12 +189,15 @@ impl Worker {
         let Some(held) = self.leases.get_mut(&key) else { return };
         match (answer, held.heartbeat) {
             (_, Heartbeat::Off) => {}
-            (Answer::Applied, _) => {
+            (Answer::Applied, heartbeat) => {
                 let (before, fenceable) = (held.confirmed, held.can_be_fenced());
                 held.confirmed = before.max(if planted!(self, DeadlineFromReply) { self.now } else { sent });
-                held.heartbeat = Heartbeat::Batched { skips: 0 };
+                held.heartbeat = Heartbeat::Batched;
                 let confirmed = held.confirmed;
-                self.heartbeats.remove(&(before, key));
+                match heartbeat {
+                    Heartbeat::Locked { skipped } => self.locked.remove(&(skipped, key)),
+                    Heartbeat::Batched | Heartbeat::Off => self.heartbeats.remove(&(before, key)),
+                };
                 self.heartbeats.insert((confirmed, key));
                 if fenceable {
                     self.fences.remove(&(before, key));
@@ -188,24 +209,29 @@ impl Worker {
             }
             // A settle of this lease landed whose reply is still to come, or is to be asked for again.
             (Answer::Ended | Answer::Refused, _) => self.lost(key),
-            (Answer::Skipped, Heartbeat::Batched { skips: 0 }) => {
-                held.heartbeat = Heartbeat::Batched { skips: 1 }
-            }
-            (Answer::Skipped, Heartbeat::Batched { .. }) if planted!(self, AloneNever) => {
+            (Answer::Skipped, Heartbeat::Batched) if planted!(self, AloneNever) => {
                 self.end_heartbeat(key, super::super::io::HeartbeatEnd::Lost);
             }
-            (Answer::Skipped, Heartbeat::Batched { .. }) => {
-                held.heartbeat = Heartbeat::Alone;
-                let confirmed = held.confirmed;
-                self.heartbeats.remove(&(confirmed, key));
+            (Answer::Skipped, Heartbeat::Batched) => {
+                held.heartbeat = Heartbeat::Locked { skipped: self.now };
+                self.heartbeats.remove(&(held.confirmed, key));
+                self.locked.insert((self.now, key));
                 self.renewals.alone_queue.push_back(key);
             }
-            (Answer::Skipped, Heartbeat::Alone) => {}
+            (Answer::Skipped, Heartbeat::Locked { skipped }) => {
+                held.heartbeat = Heartbeat::Locked { skipped: self.now };
+                self.locked.remove(&(skipped, key));
+                self.locked.insert((self.now, key));
+            }
         }
     }
 }
 
 impl Held {
+    fn is_locked(&self) -> bool {
+        matches!(self.heartbeat, Heartbeat::Locked { .. })
+    }
+
     pub(super) fn can_be_fenced(&self) -> bool {
         matches!(self.phase, Phase::Queued { .. } | Phase::Behind | Phase::Open)
     }

@@ -45,12 +45,12 @@ fn a_refused_renewal_aborts_at_once() {
 }
 
 #[test]
-fn a_row_locked_twice_is_renewed_alone_and_holds_up_nobody() {
+fn a_locked_row_is_renewed_alone_at_once_and_holds_up_nobody() {
     let mut bed = Bed::new(settings());
     bed.add(1, "http://a");
     bed.add(2, "http://b");
     bed.run(MS);
-    let mut alone = None;
+    let (mut alone, mut batches) = (None, 0);
     for _ in 0..20_000 {
         let Some(at) = bed.worker.next_wakeup() else { break };
         bed.now = bed.now.max(at);
@@ -60,6 +60,7 @@ fn a_row_locked_twice_is_renewed_alone_and_holds_up_nobody() {
                 alone.get_or_insert(action);
                 continue;
             }
+            batches += u32::from(matches!(&action, Action::Renew(..)));
             let mut reply = bed.apply(action);
             if let Input::Renewed { reply: Ok(reply), .. } = &mut reply {
                 for (key, answer) in &mut reply.answers {
@@ -75,10 +76,54 @@ fn a_row_locked_twice_is_renewed_alone_and_holds_up_nobody() {
         }
     }
     let alone = alone.expect("a waiting renewal of its own");
+    assert_eq!(batches, 1, "it was skipped once");
     assert!(matches!(&alone, Action::Renew(_, renew) if renew.keys.len() == 1 && renew.keys[0].row.0 == 1));
     bed.answer(alone);
     bed.run(60 * SECOND);
     assert_eq!(bed.opened().len(), 2, "both are still held");
+}
+
+/// The statement that waits may stand behind others whose rows stay locked.
+#[test]
+fn a_locked_row_stays_in_the_batches() {
+    let mut bed = Bed::new(settings());
+    bed.add(1, "http://a");
+    bed.add(2, "http://b");
+    bed.run(MS);
+    let (start, mut tries) = (bed.now, Vec::new());
+    while bed.now.since(start) < 26 * SECOND {
+        bed.now = bed.now.max(bed.worker.next_wakeup().expect("it polls"));
+        bed.wake();
+        while let Some(action) = (!bed.pending.is_empty()).then(|| bed.pending.remove(0)) {
+            let Action::Renew(_, renew) = &action else {
+                bed.answer(action);
+                continue;
+            };
+            if renew.wait {
+                continue;
+            }
+            let at = bed.now.since(start);
+            let locked = at < 12 * SECOND && renew.keys.iter().any(|key| key.row.0 == 1);
+            tries.extend(locked.then_some((at, renew.keys.len())));
+            let mut reply = bed.apply(action);
+            if let Input::Renewed { reply: Ok(reply), .. } = &mut reply
+                && locked
+            {
+                reply
+                    .answers
+                    .iter_mut()
+                    .filter(|(key, _)| key.row.0 == 1)
+                    .for_each(|(_, answer)| *answer = Answer::Skipped);
+            }
+            bed.give(reply);
+        }
+    }
+    assert_eq!(bed.opened().len(), 2, "both are still held");
+    // The first one takes both; the others are no run of their own, and come every 40 ms.
+    let (first, rest) = tries.split_first().expect("a batch");
+    assert_eq!(first.1, 2);
+    assert!(rest.iter().all(|(_, keys)| *keys == 1), "{rest:?}");
+    assert!(tries.windows(2).all(|pair| pair[1].0 - pair[0].0 == 40 * MS), "{tries:?}");
 }
 
 /// Two events open and one queued at one destination, and no renewal answered for a while.
