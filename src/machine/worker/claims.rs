@@ -132,6 +132,9 @@ pub(super) struct Claims {
     /// The next claim reads no more of the queue than that. What shares keep out of a claim is read, and locked, for
     /// nothing, so that after one which shares limited it is twice what that one found.
     reach: u32,
+    /// No claim takes more than that: what a claim brings must arrive within `R`. Halved by one that took long and had no
+    /// answer, a quarter more after each that had one.
+    most: u32,
     /// A destination whose share limited the last claim has room again.
     pub(super) refill: bool,
     /// The next search for expired leases.
@@ -159,6 +162,7 @@ impl Claims {
             leases: Front::new(now),
             usual: Duration::ZERO,
             reach: u32::MAX,
+            most: u32::MAX,
             refill: false,
             search_at: now,
             embargo_until: Moment::default(),
@@ -258,6 +262,7 @@ impl Worker {
         let expired = self.may_search() && self.search_due_at() <= self.now;
         // Searches are too seldom to take less than they may.
         let limit = if expired { self.room() } else { self.room().min(self.claims.reach) };
+        let limit = limit.min(self.claims.most);
         if expired && planted!(self, SearchSeldom) {
             self.claims.search_at = self.now.after(timing.lease() * 4);
         } else if expired {
@@ -351,6 +356,11 @@ impl Worker {
             && nearest(under_way.searches_again, self.claims.leases.back)
         {
             self.claims.usual = took;
+        }
+        if !failed {
+            self.claims.most = self.claims.most.saturating_add(self.claims.most / 4 + 1);
+        } else if took * 2 >= timeout {
+            self.claims.most = (under_way.limit / 2).max(1);
         }
         if under_way.rescans {
             let took = if planted!(self, RescanSeldom) { took * 20 } else { took };

@@ -224,3 +224,54 @@ fn a_claim_that_found_something_and_left_something_due_is_followed_by_another_at
         assert_eq!(bed.now.since(start), wait, "due in {due:?}");
     }
 }
+
+/// What it brings may be more than arrives within `R`.
+#[test]
+fn a_claim_that_is_not_answered_in_time_takes_less_the_next_time() {
+    let timeout = settings().timing().store_timeout();
+    let mut bed = Bed::new(
+        WorkerSettings::parse(
+            timing(30 * SECOND),
+            Limits { claim_batch: 100, max_leased: 200, ..limits() },
+            retry(),
+            7,
+        )
+        .expect("sound"),
+    );
+    let next = |bed: &mut Bed| -> (Action, u32) {
+        loop {
+            bed.now = bed.now.max(bed.worker.next_wakeup().unwrap_or(bed.now));
+            bed.wake();
+            let at = bed.pending.iter().position(|action| matches!(action, Action::Claim(..)));
+            let claim = at.map(|at| bed.pending.remove(at));
+            bed.answer_all();
+            if let Some(Action::Claim(request, claim)) = claim {
+                let limit = claim.limit;
+                return (Action::Claim(request, claim), limit);
+            }
+        }
+    };
+    let mut limits = Vec::new();
+    for took in [timeout, timeout, timeout / 2 - MS, timeout / 2] {
+        let (claim, limit) = next(&mut bed);
+        limits.push(limit);
+        bed.now = bed.now.after(took);
+        let request = Bed::request_of(&claim);
+        bed.give(Input::Claimed { request, reply: Err(StoreFault::NotApplied { error: "too much".into() }) });
+    }
+    // One that fails at once was not too large.
+    assert_eq!(limits, [100, 50, 25, 25]);
+    for limit in [12, 16, 21] {
+        let (claim, now) = next(&mut bed);
+        assert_eq!(now, limit);
+        bed.answer(claim);
+    }
+    // However often it fails, it takes something.
+    for _ in 0..10 {
+        let (claim, limit) = next(&mut bed);
+        assert!(limit > 0);
+        bed.now = bed.now.after(timeout);
+        let request = Bed::request_of(&claim);
+        bed.give(Input::Claimed { request, reply: Err(StoreFault::NotApplied { error: "too much".into() }) });
+    }
+}
