@@ -198,6 +198,13 @@ fn warnings(settings: &Settings) -> Vec<String> {
             settings.http.request_timeout
         ));
     }
+    if limits.max_in_flight_per_destination >= limits.max_in_flight {
+        warnings.push(format!(
+            "max_in_flight_per_destination ({}) is no less than max_in_flight ({}): one destination that hangs takes every \
+             request, and all others wait for it",
+            limits.max_in_flight_per_destination, limits.max_in_flight
+        ));
+    }
     if settings.http.allow_http {
         warnings.push("allow_http is on: payloads and signatures travel in the clear".to_owned());
     }

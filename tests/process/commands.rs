@@ -137,6 +137,10 @@ async fn check_shows_what_the_settings_mean_and_no_secret() {
     assert!(output.status.success(), "{text}");
     assert!(text.to_lowercase().contains("lease") && text.contains("30s"), "{text}");
     assert!(!text.contains(&SECRET[6..]), "{text}");
+    assert!(!text.contains("max_in_flight_per_destination ("), "{text}");
+    let output = bed.leasehold(&["check", "--max-in-flight-per-destination", "256"], None).await;
+    let text = crate::bed::text(&output);
+    assert!(text.contains("warning: max_in_flight_per_destination (256) is no less than"), "{text}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

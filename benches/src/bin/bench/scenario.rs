@@ -248,7 +248,12 @@ impl Scenario {
             let mut worker = leasehold(&url, &["run"])?;
             match self.work {
                 Work::Drain { cap, .. } => {
-                    worker.envs(DRAIN).env("LEASEHOLD_MAX_IN_FLIGHT_PER_DESTINATION", cap.to_string())
+                    worker.envs(DRAIN).env("LEASEHOLD_MAX_IN_FLIGHT_PER_DESTINATION", cap.to_string());
+                    if cap < CAP {
+                        // Or one destination could take all of it.
+                        worker.env("LEASEHOLD_MAX_IN_FLIGHT", (8 * cap).to_string());
+                    }
+                    &mut worker
                 }
                 Work::Open { .. } => worker.envs(OPEN),
                 Work::Held { .. } => worker.envs(HELD),
