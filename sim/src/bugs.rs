@@ -95,7 +95,6 @@ bugs! {
     QueueNotRenewed, Place::Machine(Planted::QueueNotRenewed), S2, 2000, "leases that wait in the queue are not renewed";
     OutcomeNotRenewed, Place::Machine(Planted::OutcomeNotRenewed), S2, 5000, "leases with an outcome are not renewed";
     AloneNever, Place::Machine(Planted::AloneNever), S2, 5000, "a row that was skipped is not renewed any more";
-    LockedLeftOut, Place::Machine(Planted::LockedLeftOut), S2, 5000, "rows that were skipped are renewed one by one only";
     TwoRenewals, Place::Machine(Planted::TwoRenewals), S9, 2000, "a second renewal is sent while one is under way";
     DeadlineFromReply, Place::Machine(Planted::DeadlineFromReply), S3, 5000, "the deadline counts from the renewal's reply";
     FenceNever, Place::Machine(Planted::FenceNever), S3, 2000, "fences are not checked";

@@ -17,7 +17,6 @@ planted! {
     QueueNotRenewed,
     OutcomeNotRenewed,
     AloneNever,
-    LockedLeftOut,
     TwoRenewals,
     DeadlineFromReply,
     FenceNever,

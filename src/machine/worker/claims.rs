@@ -363,7 +363,7 @@ impl Worker {
             self.claims.most = (under_way.limit / 2).max(1);
         }
         if under_way.rescans {
-            let took = if planted!(self, RescanSeldom) { took * 20 } else { took };
+            let took = if planted!(self, RescanSeldom) { took * 400 } else { took };
             self.claims.queue.rescanned(self.now, took, failed, RESCAN);
             self.claims.queue.adjust(too_far, failed);
         }

@@ -48,7 +48,7 @@ impl Worker {
 
     /// When locked rows are tried again: a lock that ends must be noticed, however many rows stay locked.
     fn locked_due_at(&self) -> Option<Moment> {
-        let (skipped, _) = self.locked.first().filter(|_| !planted!(self, LockedLeftOut))?;
+        let (skipped, _) = self.locked.first()?;
         Some(skipped.after(self.backoff(3)))
     }
 
@@ -84,10 +84,8 @@ impl Worker {
             let ripe = if run { STATEMENT_MAX } else { 0 };
             let mut keys: Vec<LeaseKey> = self.ripe().take(ripe).collect();
             let full = keys.len() == STATEMENT_MAX;
-            if !planted!(self, LockedLeftOut) {
-                let locked = self.locked.iter().map(|(_, key)| *key);
-                keys.extend(locked.take(STATEMENT_MAX - keys.len()));
-            }
+            let locked = self.locked.iter().map(|(_, key)| *key);
+            keys.extend(locked.take(STATEMENT_MAX - keys.len()));
             if planted!(self, QueueNotRenewed) {
                 keys.retain(|key| {
                     self.leases.get(key).is_some_and(|held| !matches!(held.phase, Phase::Queued { .. }))
