@@ -101,8 +101,7 @@ async fn drive<O: Outbox>(
 
 /// Resolves at the first SIGTERM or SIGINT; the second one ends the process at once.
 fn shutdown() -> anyhow::Result<impl Future<Output = ()>> {
-    let mut term = signal(SignalKind::terminate()).context("listening for SIGTERM")?;
-    let mut int = signal(SignalKind::interrupt()).context("listening for SIGINT")?;
+    let (mut term, mut int) = signals()?;
     Ok(async move {
         next(&mut term, &mut int).await;
         tokio::spawn(async move {
@@ -114,9 +113,15 @@ fn shutdown() -> anyhow::Result<impl Future<Output = ()>> {
 
 /// The number of the first SIGTERM or SIGINT from now on.
 pub(super) async fn signalled() -> anyhow::Result<u8> {
-    let mut term = signal(SignalKind::terminate()).context("listening for SIGTERM")?;
-    let mut int = signal(SignalKind::interrupt()).context("listening for SIGINT")?;
+    let (mut term, mut int) = signals()?;
     Ok(next(&mut term, &mut int).await)
+}
+
+fn signals() -> anyhow::Result<(Signal, Signal)> {
+    Ok((
+        signal(SignalKind::terminate()).context("listening for SIGTERM")?,
+        signal(SignalKind::interrupt()).context("listening for SIGINT")?,
+    ))
 }
 
 async fn next(term: &mut Signal, int: &mut Signal) -> u8 {

@@ -245,8 +245,10 @@ impl Hub {
 
     /// Statements that had waited for a lock have their turn.
     pub(super) fn wake_statements(&mut self, ids: impl IntoIterator<Item = u32>) {
-        for waiting in ids.into_iter().filter_map(|id| self.waiting.remove(&id)).collect::<Vec<_>>() {
-            let _ = waiting.send(());
+        for id in ids {
+            if let Some(waiting) = self.waiting.remove(&id) {
+                let _ = waiting.send(());
+            }
         }
     }
 
