@@ -78,14 +78,22 @@ impl Worker {
         ripe.map(|(_, key)| *key)
     }
 
+    /// The locked rows that are to be tried again, those that were skipped first in front.
+    fn locked_due(&self) -> impl Iterator<Item = LeaseKey> {
+        let before = self.now.before(self.backoff(3));
+        let due = self.locked.iter().take_while(move |(skipped, _)| *skipped <= before);
+        due.map(|(_, key)| *key)
+    }
+
     pub(super) fn start_renewals(&mut self) {
         if self.renewal_due_at().is_some_and(|due| due <= self.now) {
             let run = self.run_due_at().is_some_and(|due| due <= self.now);
-            let ripe = if run { STATEMENT_MAX } else { 0 };
-            let mut keys: Vec<LeaseKey> = self.ripe().take(ripe).collect();
-            let full = keys.len() == STATEMENT_MAX;
-            let locked = self.locked.iter().map(|(_, key)| *key);
-            keys.extend(locked.take(STATEMENT_MAX - keys.len()));
+            // Locked rows first: they come seldom, and behind a run of full statements they would wait for its end.
+            let mut keys: Vec<LeaseKey> = self.locked_due().take(STATEMENT_MAX).collect();
+            if run {
+                keys.extend(self.ripe().take(STATEMENT_MAX - keys.len()));
+            }
+            let full = run && keys.len() == STATEMENT_MAX;
             if planted!(self, QueueNotRenewed) {
                 keys.retain(|key| {
                     self.leases.get(key).is_some_and(|held| !matches!(held.phase, Phase::Queued { .. }))

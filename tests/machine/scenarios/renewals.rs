@@ -126,6 +126,58 @@ fn a_locked_row_stays_in_the_batches() {
     assert!(tries.windows(2).all(|pair| pair[1].0 - pair[0].0 == 40 * MS), "{tries:?}");
 }
 
+/// A run of full statements may take long.
+#[test]
+fn a_locked_row_does_not_wait_for_the_end_of_a_run() {
+    let limits = Limits {
+        max_in_flight: 1,
+        max_leased: 4_000,
+        claim_batch: 4_000,
+        max_in_flight_per_destination: 4_000,
+        ..limits()
+    };
+    let mut settings =
+        WorkerSettings::parse(timing(30 * SECOND), limits, retry(), 7).expect("sound settings");
+    settings.eager_poll = 100 * MS;
+    let mut bed = Bed::new(settings);
+    for id in 1..=3_500 {
+        bed.add(id, "http://a");
+    }
+    bed.run(SECOND);
+    let mut statements = Vec::new();
+    while statements.len() < 5 {
+        bed.now = bed.now.max(bed.worker.next_wakeup().expect("it polls"));
+        bed.wake();
+        while !bed.pending.is_empty() {
+            let action = bed.pending.remove(0);
+            let Action::Renew(_, renew) = &action else {
+                bed.answer(action);
+                continue;
+            };
+            if renew.wait {
+                continue;
+            }
+            let locked = statements.is_empty();
+            statements.push((renew.keys.len(), renew.keys.iter().any(|key| key.row.0 == 1)));
+            bed.now = bed.now.after(50 * MS);
+            let mut reply = bed.apply(action);
+            if let Input::Renewed { reply: Ok(reply), .. } = &mut reply
+                && locked
+            {
+                reply
+                    .answers
+                    .iter_mut()
+                    .filter(|(key, _)| key.row.0 == 1)
+                    .for_each(|(_, answer)| *answer = Answer::Skipped);
+            }
+            bed.give(reply);
+        }
+    }
+    // 40 ms after it was skipped, with what is left of the run behind it.
+    let first_four = [(1_000, true), (1_000, false), (1_000, true), (501, false)];
+    assert_eq!(statements[..4], first_four, "{statements:?}");
+}
+
 /// Two events open and one queued at one destination, and no renewal answered for a while.
 fn unrenewed_for(duration: Duration) -> (Bed, LeaseKey) {
     let mut bed = Bed::new(settings());
@@ -230,7 +282,9 @@ fn a_hundred_thousand_leases_are_renewed_in_full_statements_without_a_late_one()
 fn more_than_a_statement_of_ripe_leases_is_renewed_in_one_go() {
     let limits =
         Limits { max_leased: 2_000, claim_batch: 2_000, max_in_flight_per_destination: 1_000, ..limits() };
-    let settings = WorkerSettings::parse(timing(30 * SECOND), limits, retry(), 7).expect("sound settings");
+    let mut settings =
+        WorkerSettings::parse(timing(30 * SECOND), limits, retry(), 7).expect("sound settings");
+    settings.eager_poll = 100 * MS;
     let mut bed = Bed::new(settings);
     for id in 1..=1_000 {
         bed.add(id, "http://a");
