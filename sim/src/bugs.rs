@@ -122,6 +122,8 @@ bugs! {
     DestinationUnlimited, Place::Machine(Planted::DestinationUnlimited), S9, 500, "a worker opens more requests to a destination than it may";
     BehindIgnored, Place::Machine(Planted::BehindIgnored), S4, 5000, "a new lease of an event starts while the old one's request is open";
     DrainWaits, Place::Machine(Planted::DrainWaits), L4, 5000, "a drain waits until everything is settled";
+    DrainAbortsAtOnce, Place::Machine(Planted::DrainAbortsAtOnce), S2, 5000, "a drain breaks off what is open at once";
+    DrainStopsRenewing, Place::Machine(Planted::DrainStopsRenewing), S2, 5000, "a worker that drains renews nothing";
     RetryBeyondLimit, Place::Machine(Planted::RetryBeyondLimit), S6, 500, "the attempt limit is not looked at";
     FailBeforeLimit, Place::Machine(Planted::FailBeforeLimit), S6, 500, "an event fails one try early";
     RetryAfterIgnored, Place::Machine(Planted::RetryAfterIgnored), S6, 2000, "Retry-After is ignored";

@@ -30,7 +30,7 @@ pub fn profile_of(seed: u64) -> Profile {
         P::Aimed,
         P::Failover,
         P::OneFault,
-        P::Swarm,
+        P::Deploy,
         P::Calm,
     ];
     MIX[(seed % MIX.len() as u64) as usize]
@@ -145,7 +145,9 @@ fn make_settings(rng: &mut Rng, profile: Profile, events: u32) -> Settings {
     let roomy = rng.percent(60);
     let poll_interval = rng.spread(lease / 30, lease / 4);
     let initial = rng.spread(10 * MS, S);
-    let drain = 2 * timeout + rng.within(2 * MS, 2 * lease);
+    // In a deployment long enough for requests that outlast the lease.
+    let longest = if profile == Profile::Deploy { 4 } else { 2 } * lease;
+    let drain = 2 * timeout + rng.within(2 * MS, longest);
     Settings {
         lease,
         heartbeat,

@@ -44,6 +44,8 @@ planted! {
     DestinationUnlimited,
     BehindIgnored,
     DrainWaits,
+    DrainAbortsAtOnce,
+    DrainStopsRenewing,
     RetryBeyondLimit,
     FailBeforeLimit,
     RetryAfterIgnored,

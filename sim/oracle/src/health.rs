@@ -44,7 +44,7 @@ impl Oracle {
         excuses.add(Excuse::RowLocked, locked);
         excuses.add(Excuse::DbStepped, self.db.stepped_since(lease.granted_at.min(began)) > grace);
         excuses.add(Excuse::CommitLost, self.last_loss.is_some_and(|at| at >= lease.claimed_at));
-        excuses.add(Excuse::Draining, holder.drain_began.is_some());
+        excuses.add(Excuse::Draining, self.drain_gives_up(lease.worker));
         excuses.add(Excuse::BornDead, lease.born_dead);
         excuses.add(Excuse::Impossible, lease.impossible);
         excuses
@@ -57,7 +57,8 @@ impl Oracle {
         let since = book.claimed_at.saturating_sub(self.terms_of(book.worker).lease);
         let troubled = book.confirmed == crate::ledger::UNKNOWN
             || !self.excuses(book, None).none()
-            || holder.drain_began.is_some()
+            // A drain gives back what was not started, and in its last 2R the rest (rule P8).
+            || (holder.drain_began.is_some() && !book.opened)
             || holder.stopped_between(since, self.now) > 0
             || holder.clock_stepped_since(0) > 0
             || holder.worst_ppm > 0
@@ -80,6 +81,15 @@ impl Oracle {
             self.now - book.claimed_at
         );
         Ok(())
+    }
+
+    /// Whether a worker may have come to the last `2R` of its drain, in which it breaks off what is open (rule P8).
+    fn drain_gives_up(&self, worker: u32) -> bool {
+        let terms = self.terms_of(worker);
+        self.workers[worker as usize].drain_began.is_some_and(|began| {
+            let took = self.now - began + self.clock_error(worker, began);
+            took + 2 * terms.store_timeout >= terms.drain_timeout
+        })
     }
 
     /// By how much a worker's clock may have gone wrong since then.

@@ -82,8 +82,8 @@ named! {
         DbStepped = "database clock stepped beyond G",
         /// A confirmed commit was lost.
         CommitLost = "confirmed commit lost",
-        /// The holder was draining.
-        Draining = "holder draining",
+        /// The holder was in the last `2R` of its drain, or later.
+        Draining = "holder at the end of its drain",
         /// The claim's commit came after its client had given it up, and when its lease had no more than `4R + M` to run: too late to be
         /// seen and given back, at two tries each.
         BornDead = "claim committed as its lease ran out",

@@ -25,7 +25,8 @@ impl Worker {
             return;
         }
         let end_at = self.now.after(self.settings.limits().drain_timeout);
-        let abort_at = end_at.before(self.timing().store_timeout() * 2);
+        let last = self.timing().store_timeout() * 2;
+        let abort_at = if planted!(self, DrainAbortsAtOnce) { self.now } else { end_at.before(last) };
         self.drain = Some(Drain { abort_at, end_at, aborting: false, looked: false, aborted: 0 });
         let leased = u32::try_from(self.leases.len()).unwrap_or(u32::MAX);
         self.observe(Observation::DrainBegan { leased, open: self.open });

@@ -56,6 +56,9 @@ impl Worker {
         if self.renewals.batch.is_some() && !planted!(self, TwoRenewals) {
             return None;
         }
+        if planted!(self, DrainStopsRenewing) && self.drain.is_some() {
+            return None;
+        }
         let due = [self.run_due_at(), self.locked_due_at()].into_iter().flatten().min()?;
         Some(due.max(self.renewals.retry_at))
     }
