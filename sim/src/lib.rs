@@ -1,8 +1,8 @@
 //! The simulator: seeded schedules of faults against the real worker and row machines, judged by an independent oracle.
 //!
-//! One tier lives here: worker machines and the row machine driven from an event heap in simulated microseconds, with
-//! no async runtime, thousands of seeds a second. A seed and a profile make a [`Schedule`]; a run is a pure function of
-//! the schedule.
+//! Two tiers: worker machines and the row machine driven from an event heap in simulated microseconds, with no async
+//! runtime, thousands of seeds a second; and, in [`wire`], the real driver over a simulated network. A seed and a profile
+//! make a [`Schedule`]; a run is a pure function of the schedule.
 #![forbid(unsafe_code)]
 #![deny(clippy::disallowed_methods, clippy::disallowed_types)]
 
@@ -24,7 +24,7 @@ mod statement;
 mod store;
 pub mod story;
 pub mod timeline;
-mod trace;
+pub mod trace;
 pub mod wire;
 mod world;
 

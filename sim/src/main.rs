@@ -10,7 +10,7 @@ use sim::check::Bounds;
 use sim::schedule::Case;
 use sim::search::{Found, Plan, Report, search};
 use sim::shrink::shrink;
-use sim::{Options, Profile, Schedule, Tier};
+use sim::{Options, Profile, Schedule, Tier, trace};
 use sim_oracle::{Change, Invariant, RowState, Sometimes};
 
 #[derive(Parser)]
@@ -115,6 +115,9 @@ enum Command {
         /// Print the hashes, to be compared with another process's or build's.
         #[arg(long)]
         print: bool,
+        /// Print this seed's whole trace instead.
+        #[arg(long)]
+        seed: Option<u64>,
     },
     /// Visit every interleaving of some workers on one event, within bounds.
     Check {
@@ -298,20 +301,14 @@ fn coverage(seeds: u64) -> bool {
 }
 
 fn determinism(seeds: u64, print: bool, tier: Tier) -> bool {
-    let options = Options { tier, ..Options::default() };
     let mut same = true;
     for seed in 0..seeds {
-        let schedule = sim::generate(seed, sim::profile_of(seed));
-        let hash = sim::run(&schedule, options).hash;
-        let again = sim::run(&sim::generate(seed, sim::profile_of(seed)), options).hash;
+        let (hash, again) = (trace::hash_of(seed, tier), trace::hash_of(seed, tier));
         if hash != again {
             same = false;
-            let facts = |_| sim::run(&schedule, Options { keep: true, ..options }).facts;
-            let (one, other) = (facts(1), facts(2));
-            let differing = one.iter().zip(&other).find(|(one, other)| one != other);
-            println!(
-                "seed {seed} has two traces: {hash:016x} and {again:016x}; first difference: {differing:?}"
-            );
+            let difference =
+                trace::first_difference(&trace::text_of(seed, tier), &trace::text_of(seed, tier));
+            println!("seed {seed} has two traces, {hash:016x} and {again:016x}; they differ in {difference}");
         }
         if print {
             println!("{seed} {hash:016x}");
@@ -423,7 +420,11 @@ fn execute(command: Command) -> Result<bool, String> {
         }
         Command::Bugs { tier, id, seeds } => Ok(bugs(bug_named(id)?, seeds, tier)),
         Command::Coverage { seeds } => Ok(coverage(seeds)),
-        Command::Determinism { tier, seeds, print } => Ok(determinism(seeds, print, tier)),
+        Command::Determinism { tier, seed: Some(seed), .. } => {
+            print!("{}", trace::text_of(seed, tier));
+            Ok(true)
+        }
+        Command::Determinism { tier, seeds, print, seed: None } => Ok(determinism(seeds, print, tier)),
         Command::Check { workers, ticks, crashes, pauses, losses, late, bug, out } => {
             let bug = match bug_named(bug)?.map(Bug::place) {
                 None => None,

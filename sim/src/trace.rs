@@ -1,8 +1,43 @@
 //! The trace: a rolling hash of every fact, and the facts themselves if somebody wants to read them.
 
+use std::fmt::Write as _;
 use std::hash::{Hash, Hasher};
 
 use sim_oracle::Fact;
+
+use crate::world::{Options, Tier};
+use crate::{generate, profile_of, run};
+
+/// The hash of a seed's trace.
+pub fn hash_of(seed: u64, tier: Tier) -> u64 {
+    run(&generate(seed, profile_of(seed)), Options { tier, ..Options::default() }).hash
+}
+
+/// All of a seed's trace, a line a fact.
+pub fn text_of(seed: u64, tier: Tier) -> String {
+    let options = Options { tier, keep: true, ..Options::default() };
+    let mut text = String::new();
+    for (at, fact) in run(&generate(seed, profile_of(seed)), options).facts {
+        let _ = writeln!(text, "{at} {fact:?}");
+    }
+    text
+}
+
+/// The first line in which two traces of a seed differ, in words.
+pub fn first_difference(one: &str, other: &str) -> String {
+    let (mut ones, mut others) = (one.lines(), other.lines());
+    for number in 1.. {
+        match (ones.next(), others.next()) {
+            (None, None) => break,
+            (one, other) if one == other => {}
+            (one, other) => {
+                let say = |line: Option<&str>| line.unwrap_or("it is over").to_owned();
+                return format!("line {number}: {} / {}", say(one), say(other));
+            }
+        }
+    }
+    "none this time".to_owned()
+}
 
 /// A hash that is the same in every process and build.
 #[derive(Clone, Copy, Debug)]

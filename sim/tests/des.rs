@@ -1,10 +1,9 @@
-//! The event-heap tier as a test: the corpus, a search of clean seeds, planted bugs, determinism.
+//! The event-heap tier as a test: the corpus, a search of clean seeds, planted bugs.
 //!
 //! Settings: `SIM_SEED` runs one seed, `SIM_SEEDS` sets how many are searched, `SIM_PROFILE` gives all of them one
 //! profile, `SIM_TRACE=1` tells the story of a failure.
 
 use std::collections::BTreeSet;
-use std::process::Command;
 
 use sim::bugs::Bug;
 use sim::schedule::Case;
@@ -137,26 +136,6 @@ fn no_invariant_is_decoration() {
         println!("without {invariant}, {witness:?} goes unfound");
         assert!(witness.is_some(), "every planted bug is found without {invariant} as well");
     }
-}
-
-#[test]
-fn a_seed_has_one_trace() {
-    const SEEDS: u64 = 100;
-    let options = Options::default();
-    let hash = |seed| run(&generate(seed, profile_of(seed)), options).hash;
-    let here: Vec<String> = (0..SEEDS).map(|seed| format!("{seed} {:016x}", hash(seed))).collect();
-    let again: Vec<String> = (0..SEEDS).map(|seed| format!("{seed} {:016x}", hash(seed))).collect();
-    let seeds = SEEDS.to_string();
-    let other = Command::new(env!("CARGO_BIN_EXE_sim"))
-        .args(["determinism", "--print", "--seeds", &seeds])
-        .output()
-        .unwrap();
-    let there = String::from_utf8(other.stdout).unwrap();
-    for ((here, again), there) in here.iter().zip(&again).zip(there.lines()) {
-        assert_eq!(here, again, "two runs in one process differ");
-        assert_eq!(here, there, "two processes differ");
-    }
-    assert_eq!(there.lines().count(), here.len() + 1);
 }
 
 #[test]
