@@ -121,6 +121,8 @@ bugs! {
     RequestsUnlimited, Place::Machine(Planted::RequestsUnlimited), S9, 500, "a worker opens more requests than it may";
     DestinationUnlimited, Place::Machine(Planted::DestinationUnlimited), S9, 500, "a worker opens more requests to a destination than it may";
     BehindIgnored, Place::Machine(Planted::BehindIgnored), S4, 5000, "a new lease of an event starts while the old one's request is open";
+    OversizedSent, Place::Machine(Planted::OversizedSent), S9, 1000, "what is larger than allowed is sent";
+    UntilEmptyEarly, Place::Machine(Planted::UntilEmptyEarly), L1, 1000, "a worker that is to end when nothing is pending ends when nothing is due";
     DrainWaits, Place::Machine(Planted::DrainWaits), L4, 5000, "a drain waits until everything is settled";
     DrainAbortsAtOnce, Place::Machine(Planted::DrainAbortsAtOnce), S2, 5000, "a drain breaks off what is open at once";
     DrainStopsRenewing, Place::Machine(Planted::DrainStopsRenewing), S2, 5000, "a worker that drains renews nothing";

@@ -16,7 +16,7 @@ use stateright::{Checker, Model, Property};
 
 use crate::bugs::Bug;
 use crate::schedule::{
-    Cut, Destination, EventPlan, Fault, Manner, Pace, Profile, Schedule, Settings, Slot, Timed,
+    Cut, Destination, EventPlan, Fault, Manner, Pace, Payload, Profile, Schedule, Settings, Slot, Timed,
 };
 use crate::world::Options;
 
@@ -147,6 +147,7 @@ fn settings() -> Settings {
         retry_budget: 0,
         retry_after_max: MICROS,
         fail_status: 0,
+        until_empty: false,
     }
 }
 
@@ -553,6 +554,7 @@ pub fn schedule_of(bounds: Bounds, path: &[Step], seed: u64) -> Schedule {
         attempts: 0,
         kills: 0,
         cursed: false,
+        payload: Payload::Small,
     };
     Schedule {
         seed,
@@ -561,7 +563,7 @@ pub fn schedule_of(bounds: Bounds, path: &[Step], seed: u64) -> Schedule {
         slots: vec![Slot { settings: 0, starts: 1, clock: MICROS, ppm: 0 }; bounds.workers],
         destinations: vec![Destination { manners: vec![(1, Manner::Hang)] }],
         events: vec![event],
-        pace: Pace { network: (20, 200), commit: (20, 200), connect: 200, close: 200 },
+        pace: Pace { network: (20, 200), commit: (20, 200), connect: 200, close: 200, hints: false },
         faults,
         heal_at: end,
     }

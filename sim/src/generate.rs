@@ -2,7 +2,8 @@
 
 use crate::rng::Rng;
 use crate::schedule::{
-    Asked, Cut, Destination, EventPlan, Fault, Manner, Pace, Profile, Schedule, Settings, Slot, Timed,
+    Asked, Cut, Destination, EventPlan, Fault, Manner, Pace, Payload, Profile, Schedule, Settings, Slot,
+    Timed,
 };
 
 const MS: u64 = 1_000;
@@ -33,7 +34,8 @@ pub fn profile_of(seed: u64) -> Profile {
         P::Deploy,
         P::Calm,
     ];
-    MIX[(seed % MIX.len() as u64) as usize]
+    // A crowd takes as long as fifty others.
+    if seed % 4_000 == 3_999 { P::Crowd } else { MIX[(seed % MIX.len() as u64) as usize] }
 }
 
 /// A class of faults; a swarm turns each on or off.
@@ -97,6 +99,7 @@ pub fn generate(seed: u64, profile: Profile) -> Schedule {
     let mut rng = Rng::new(seed, "topology");
     let events = match profile {
         Profile::Poison => rng.within(20, 60),
+        Profile::Crowd => rng.within(1_100, 3_000),
         _ => rng.spread(1, 40),
     } as u32;
     let mut settings = vec![make_settings(&mut Rng::new(seed, "settings"), profile, events)];
@@ -117,8 +120,13 @@ pub fn generate(seed: u64, profile: Profile) -> Schedule {
     if profile != Profile::Calm {
         commit_late(&mut Rng::new(seed, "late commits"), &mut events);
     }
+    make_payloads(&mut Rng::new(seed, "payloads"), &mut events);
     let timeout = settings.iter().map(|settings| settings.store_timeout).min().unwrap_or(S);
-    let pace = make_pace(&mut Rng::new(seed, "pace of things"), profile, lease, timeout);
+    let mut pace = make_pace(&mut Rng::new(seed, "pace of things"), profile, lease, timeout);
+    pace.hints = Rng::new(seed, "hints").percent(20);
+    if Rng::new(seed, "until empty").percent(5) {
+        settings.iter_mut().for_each(|settings| settings.until_empty = true);
+    }
     let mut schedule =
         Schedule { seed, profile, settings, slots, destinations, events, pace, faults: Vec::new(), heal_at };
     let mut faults = Vec::new();
@@ -142,7 +150,7 @@ fn make_settings(rng: &mut Rng, profile: Profile, events: u32) -> Settings {
         heartbeat = if edge && rng.percent(70) { most } else { rng.within(100 * MS, most) };
         grace = if rng.percent(25) { 0 } else { rng.spread(1, lease / 2) };
     }
-    let roomy = rng.percent(60);
+    let roomy = rng.percent(60) || profile == Profile::Crowd;
     let poll_interval = rng.spread(lease / 30, lease / 4);
     let initial = rng.spread(10 * MS, S);
     // In a deployment long enough for requests that outlast the lease.
@@ -174,6 +182,7 @@ fn make_settings(rng: &mut Rng, profile: Profile, events: u32) -> Settings {
         retry_budget: if rng.percent(20) { rng.within(1, 4) as u32 } else { 0 },
         retry_after_max: rng.within(0, 5 * S),
         fail_status: *rng.pick(&[0, 0, 410]),
+        until_empty: false,
     }
 }
 
@@ -274,10 +283,25 @@ fn make_events(
             0
         },
         cursed: cursed == Some(event),
+        payload: Payload::Small,
     };
     let mut plans: Vec<EventPlan> = (0..events).map(one).collect();
     plans.sort_by_key(|plan| plan.at);
     plans
+}
+
+/// Some producers' events are large: a claim can't bring all of them, and some can't be sent at all.
+fn make_payloads(rng: &mut Rng, events: &mut [EventPlan]) {
+    if rng.percent(10) {
+        for event in events {
+            event.payload = match rng.below(20) {
+                0 => Payload::Malformed,
+                1 | 2 => Payload::Bytes(rng.within(Payload::MAX + 1, 8 * Payload::MAX)),
+                3..=12 => Payload::Bytes(rng.within(Payload::MAX / 2, Payload::MAX)),
+                _ => Payload::Small,
+            };
+        }
+    }
 }
 
 /// Some producers' transactions stay open for a while, some for long.
@@ -311,6 +335,7 @@ fn make_pace(rng: &mut Rng, profile: Profile, lease: u64, timeout: u64) -> Pace 
         commit: (20, rng.spread(40, (timeout / 5).min(10 * MS))),
         connect: rng.spread(100, 50 * MS),
         close,
+        hints: false,
     }
 }
 
@@ -357,6 +382,14 @@ fn add_faults(schedule: &mut Schedule, rng: &mut Rng, faults: &mut Vec<Timed>) {
             }
         }
         Profile::SlowEndpoints => several(rng, faults, &[C::Manner, C::Manner], 3),
+        Profile::Crowd => {
+            crowd(schedule);
+            for class in [C::LockRow, C::LockRow, C::LockRow, C::LostReply, C::Delay, C::Crash, C::Drain] {
+                if rng.percent(40) {
+                    add(class, schedule, rng, faults);
+                }
+            }
+        }
         Profile::Deploy => {
             let lease = schedule.settings[0].lease;
             let mut at = rng.below(schedule.heal_at / 2);
@@ -414,6 +447,21 @@ fn add_faults(schedule: &mut Schedule, rng: &mut Rng, faults: &mut Vec<Timed>) {
             }
         }
     }
+}
+
+/// Everything comes within a moment and takes long, so that it is held at a time.
+fn crowd(schedule: &mut Schedule) {
+    linger(schedule);
+    let lease = schedule.settings[0].lease;
+    for destination in &mut schedule.destinations {
+        destination.manners = vec![(30, Manner::Ok(lease / 2, 3 * lease)), (1, Manner::Status(500))];
+    }
+    for event in &mut schedule.events {
+        event.at %= 100 * MS;
+        (event.delay, event.late) = (0, 0);
+    }
+    schedule.events.sort_by_key(|event| event.at);
+    schedule.slots.truncate(2);
 }
 
 /// The claims that would find an event commit later than the first looks for what they left, and while that is still

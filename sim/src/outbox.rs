@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use leasehold::machine::{DbTime, DestinationKey, Incarnation, Row};
 
+use crate::schedule::Payload;
 use crate::statement::Statement;
 pub use crate::statement::{Ask, Reply};
 use crate::store::{Lock, Meta, Store};
@@ -27,11 +28,11 @@ impl Outbox {
         Self { store, now: 0, statements: BTreeMap::new(), begun: 0 }
     }
 
-    /// Commits a pending row for the destination of that number.
-    pub fn insert(&mut self, row: Row, destination: u16) {
+    /// Commits a pending row for the destination of that number, with that payload.
+    pub fn insert(&mut self, row: Row, destination: u16, payload: Payload) {
         self.store.pending.push(self.store.rows.len() as u32);
         self.store.rows.push(row);
-        self.store.meta.push(Meta { destination, lock: Lock::Free, cursed: false, exists: true });
+        self.store.meta.push(Meta { destination, payload, lock: Lock::Free, cursed: false, exists: true });
     }
 
     /// The clock goes on.

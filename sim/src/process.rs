@@ -2,10 +2,14 @@
 
 use std::collections::VecDeque;
 
-use leasehold::machine::{Action, AttemptResult, Input, LeaseKey, Moment, StoreFault, Worker, WorkerId};
+use leasehold::machine::{
+    Action, AttemptResult, ClaimReply, Grant, Input, LeaseKey, Moment, StoreFault, Unsendable, Worker,
+    WorkerId,
+};
 use sim_oracle::{Down, End, Fact, LocalClock};
 
 use crate::bugs::Bug;
+use crate::schedule::RESTART_AFTER_KILL;
 use crate::statement::{Ask, Reply};
 use crate::world::{Happening, World};
 
@@ -21,6 +25,7 @@ pub(crate) enum Item {
     Responded(u32),
     RequestTimedOut(u32),
     Closed(u32),
+    Hint,
     Shutdown,
 }
 
@@ -178,6 +183,7 @@ impl World<'_> {
     fn perform(&mut self, worker: u32, item: Item) {
         match item {
             Item::Wake => self.input(worker, Input::Wake),
+            Item::Hint => self.input(worker, Input::Hint),
             Item::Reply(call) => {
                 let book = &mut self.calls[call as usize];
                 let (Some(arrived), false) = (book.arrived, book.done) else { return };
@@ -268,6 +274,13 @@ impl World<'_> {
             return;
         }
         self.emit(Fact::CallAnswered { worker, call, arrived });
+        if let Reply::Claim(reply) = &reply {
+            for (grant, end) in unsendable(reply) {
+                let (event, token) = (grant.key.row.0 as u32, grant.key.token.0);
+                self.emit(Fact::RequestEnded { worker, event, token, end });
+                self.emit(Fact::OutcomeKnown { worker, event, token });
+            }
+        }
         if let Some(input) = input_of(request, reply) {
             self.input(worker, input);
         }
@@ -301,7 +314,13 @@ impl World<'_> {
         }
         let process = &mut self.processes[worker as usize];
         if process.machine.ended().is_some() {
-            return self.crash(worker, Down::Ended);
+            let (slot, asked) = (process.slot, process.draining);
+            self.crash(worker, Down::Ended);
+            if !asked {
+                // Nothing was pending. It is started again, as by a timer.
+                self.after(RESTART_AFTER_KILL, Happening::Start(slot as u32));
+            }
+            return;
         }
         process.due = process.machine.next_wakeup();
         self.rearm(worker);
@@ -372,6 +391,15 @@ impl World<'_> {
         }
         self.input(worker, Input::Wake);
     }
+}
+
+/// Grants whose end the worker knows with the claim's reply: what can't be sent is never on the wire.
+pub(crate) fn unsendable(reply: &ClaimReply) -> impl Iterator<Item = (&Grant, End)> {
+    reply.grants.iter().filter_map(|grant| match &grant.unsendable {
+        None => None,
+        Some(Unsendable::Oversized { .. }) => Some((grant, End::Error)),
+        Some(Unsendable::Malformed { .. }) => Some((grant, End::Undeliverable)),
+    })
 }
 
 /// The input that a good reply is.

@@ -5,7 +5,7 @@
 use std::fmt;
 use std::str::FromStr;
 
-use leasehold::machine::{Limits, RawTiming, RetryPolicy, Timing, WorkerSettings};
+use leasehold::machine::{Limits, RawTiming, RetryPolicy, Timing, Unsendable, WorkerSettings};
 use serde::{Deserialize, Serialize};
 use sim_oracle::Terms;
 use std::collections::BTreeSet;
@@ -39,11 +39,13 @@ pub enum Profile {
     Edge,
     /// One pattern of faults that is aimed at one rule.
     Aimed,
+    /// More leases held at a time than one statement renews.
+    Crowd,
 }
 
 impl Profile {
     /// All of them.
-    pub const ALL: [Self; 12] = [
+    pub const ALL: [Self; 13] = [
         Self::Calm,
         Self::OneFault,
         Self::Swarm,
@@ -56,6 +58,7 @@ impl Profile {
         Self::Poison,
         Self::Edge,
         Self::Aimed,
+        Self::Crowd,
     ];
 
     /// Its name.
@@ -73,6 +76,7 @@ impl Profile {
             Self::Poison => "poison",
             Self::Edge => "edge",
             Self::Aimed => "aimed",
+            Self::Crowd => "crowd",
         }
     }
 }
@@ -119,6 +123,8 @@ pub struct Settings {
     pub retry_budget: u32,
     pub retry_after_max: u64,
     pub fail_status: u16,
+    #[serde(default)]
+    pub until_empty: bool,
 }
 
 impl Settings {
@@ -156,6 +162,7 @@ impl Settings {
         let mut settings =
             WorkerSettings::parse(timing, limits, retry, seed).map_err(|errors| format!("{errors:?}"))?;
         settings.eager_poll = us(self.eager_poll);
+        settings.until_empty = self.until_empty;
         Ok(settings)
     }
 
@@ -237,6 +244,40 @@ pub struct Destination {
     pub manners: Vec<(u32, Manner)>,
 }
 
+/// What is to be sent of an event.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Payload {
+    /// A few bytes.
+    #[default]
+    Small,
+    /// So many bytes.
+    Bytes(u64),
+    /// A row that doesn't decode.
+    Malformed,
+}
+
+impl Payload {
+    /// The largest that is sent (`MAX_PAYLOAD`).
+    pub const MAX: u64 = 1 << 20;
+
+    /// How much of it a claim brings.
+    pub const fn brought(self) -> u64 {
+        match self {
+            Self::Bytes(bytes) if bytes <= Self::MAX => bytes,
+            Self::Small | Self::Bytes(_) | Self::Malformed => 0,
+        }
+    }
+
+    /// Why it can't be sent.
+    pub fn unsendable(self) -> Option<Unsendable> {
+        match self {
+            Self::Bytes(bytes) if bytes > Self::MAX => Some(Unsendable::Oversized { bytes }),
+            Self::Small | Self::Bytes(_) => None,
+            Self::Malformed => Some(Unsendable::Malformed { error: String::new() }),
+        }
+    }
+}
+
 /// One event that a producer commits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct EventPlan {
@@ -257,6 +298,9 @@ pub struct EventPlan {
     pub kills: u32,
     /// The store refuses every settle of it but releases.
     pub cursed: bool,
+    /// What is to be sent.
+    #[serde(default)]
+    pub payload: Payload,
 }
 
 /// Message delays and the store's pace.
@@ -270,6 +314,9 @@ pub struct Pace {
     pub connect: u64,
     /// Longest time to close a socket.
     pub close: u64,
+    /// Whether a commit of a producer wakes the workers. Some notifications are lost.
+    #[serde(default)]
+    pub hints: bool,
 }
 
 /// Which way a cut link is cut.
@@ -389,12 +436,15 @@ impl Schedule {
     /// Whether every worker always has room for every event.
     pub fn roomy(&self) -> bool {
         let events = self.events.len() as u32;
-        self.settings.iter().all(|settings| {
-            settings.max_in_flight >= events
-                && settings.max_in_flight_per_destination >= events
-                && settings.max_leased >= 2 * events
-                && settings.claim_batch >= 2 * events
-        })
+        let bytes: u64 = self.events.iter().map(|event| event.payload.brought()).sum();
+        let at_once = bytes <= crate::store::MOST_BYTES;
+        at_once
+            && self.settings.iter().all(|settings| {
+                settings.max_in_flight >= events
+                    && settings.max_in_flight_per_destination >= events
+                    && settings.max_leased >= 2 * events
+                    && settings.claim_batch >= 2 * events
+            })
     }
 }
 

@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use crate::bugs::Bug;
 use crate::plain::{plain, plain_settle};
-use crate::schedule::EventPlan;
+use crate::schedule::{EventPlan, Payload};
 use crate::statement::{Ask, Reply, Statement};
 
 /// Who has a row locked.
@@ -25,10 +25,14 @@ pub(crate) enum Lock {
     Statement(u32),
 }
 
+/// How much of payloads a claim brings.
+pub(crate) const MOST_BYTES: u64 = 8 << 20;
+
 /// What the row machine does not know about a row.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Meta {
     pub(crate) destination: u16,
+    pub(crate) payload: Payload,
     pub(crate) lock: Lock,
     pub(crate) cursed: bool,
     pub(crate) exists: bool,
@@ -100,8 +104,8 @@ impl Store {
         let due = self.db(began).before(before_all).after(Duration::from_micros(plan.delay));
         let row = self.rows.len() as u32;
         self.rows.push(Row { attempts: plan.attempts, ..Row::new(plan.max_attempts, due) });
-        let EventPlan { destination, cursed, .. } = *plan;
-        self.meta.push(Meta { destination, lock: Lock::Free, cursed, exists: true });
+        let EventPlan { destination, cursed, payload, .. } = *plan;
+        self.meta.push(Meta { destination, payload, lock: Lock::Free, cursed, exists: true });
         self.pending.push(row);
         if let Some(history) = &mut self.history {
             history.push((now, row, None));
@@ -308,6 +312,7 @@ impl Store {
             let suspect = turn == PROBATION;
             self.eligible(row, seen, &terms) && (suspect || !self.rows[row as usize].on_probation())
         });
+        self.cut_off(&mut picked);
         let left = statement.candidates.iter().filter(|(turn, _, row)| {
             *turn == FRESH
                 && !picked.contains(&(FRESH, *row))
@@ -316,6 +321,21 @@ impl Store {
         let left = left.map(|&(_, due, row)| place(due, row)).next();
         statement.front = Some(left.unwrap_or(Place::behind(self.db(statement.began))));
         statement.picked = picked;
+    }
+
+    /// Leaves what would be too much for one reply, but for what comes first, in the order of due times.
+    fn cut_off(&self, picked: &mut Vec<(u8, u32)>) {
+        let bytes = |row: u32| self.meta[row as usize].payload.brought();
+        if picked.iter().map(|(_, row)| bytes(*row)).sum::<u64>() <= MOST_BYTES {
+            return;
+        }
+        picked.sort_unstable_by_key(|(_, row)| place(self.rows[*row as usize].next_attempt_at, *row));
+        let mut total = 0;
+        let fits = picked.iter().position(|(_, row)| {
+            total += bytes(*row);
+            total > MOST_BYTES
+        });
+        picked.truncate(fits.unwrap_or(picked.len()).max(1));
     }
 
     fn is_free(&self, row: u32) -> bool {
@@ -437,7 +457,7 @@ impl Store {
                         max_attempts: row.max_attempts,
                         reclaims: row.reclaims,
                         reclaimed,
-                        unsendable: None,
+                        unsendable: self.meta[event as usize].payload.unsendable(),
                     });
                 }
                 ClaimAnswer::Failed(why) => {

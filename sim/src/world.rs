@@ -172,6 +172,7 @@ pub struct World<'a> {
     pub(crate) net: Rng,
     pub(crate) pace: Rng,
     pub(crate) chance: Rng,
+    hints: Rng,
     /// What is to happen, the first last: most of what is added happens soon, so that it finds its place near the end,
     /// in less time than in a heap.
     agenda: Vec<Due>,
@@ -238,6 +239,7 @@ impl<'a> World<'a> {
             net: Rng::new(schedule.seed, "net"),
             pace: Rng::new(schedule.seed, "pace"),
             chance: Rng::new(schedule.seed, "chance"),
+            hints: Rng::new(schedule.seed, "notifications"),
             agenda: Vec::with_capacity(256),
             timers: vec![NEVER; schedule.slots.len()],
             timeouts: vec![VecDeque::new(); schedule.settings.len()],
@@ -451,6 +453,23 @@ impl<'a> World<'a> {
             max_attempts: plan.max_attempts,
             due,
             poison: plan.kills > 0 || plan.cursed,
+            sendable: plan.payload.unsendable().is_none(),
         });
+        if self.schedule.pace.hints {
+            self.hint();
+        }
+    }
+
+    /// Notifies the workers. A notification may be lost, as where the connection for it is.
+    fn hint(&mut self) {
+        for slot in 0..self.slots.len() {
+            if let Some(worker) = self.slots[slot].process
+                && !self.hints.percent(20)
+            {
+                let (least, most) = self.schedule.pace.network;
+                let delay = self.hints.within(least, most);
+                self.after(delay, Happening::Driver(worker, Item::Hint));
+            }
+        }
     }
 }

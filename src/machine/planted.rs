@@ -43,6 +43,8 @@ planted! {
     RequestsUnlimited,
     DestinationUnlimited,
     BehindIgnored,
+    OversizedSent,
+    UntilEmptyEarly,
     DrainWaits,
     DrainAbortsAtOnce,
     DrainStopsRenewing,

@@ -18,6 +18,7 @@ use leasehold::ports::Outbox as _;
 use proptest::prelude::*;
 use proptest::test_runner::{Config, RngAlgorithm, RngSeed, TestCaseError, TestRunner};
 use sim::outbox::{Ask, Outbox, Reply};
+use sim::schedule::Payload;
 use sqlx::{AssertSqlSafe, Connection, PgConnection, Row as _};
 use tokio::task::JoinHandle;
 
@@ -779,7 +780,7 @@ async fn play(real: &mut Real<'_>, starts: &[Start], steps: &[Step], seen: &mut 
     for start in starts {
         let row = start.row(bed.now());
         bed.insert(if start.second { B } else { A }, "{}", &row).await;
-        sim.insert(row, u16::from(start.second));
+        sim.insert(row, u16::from(start.second), Payload::Small);
     }
     let tokens = starts.iter().map(|_| vec![Token(0)]).collect();
     let (sessions, outside, dropped) = ([None, None], BTreeSet::new(), BTreeMap::new());

@@ -127,6 +127,7 @@ pub enum Fact {
         max_attempts: u32,
         due: DbMicros,
         poison: bool,
+        sendable: bool,
     },
     /// A worker process started; its own clock shows `local` now and gains `ppm`.
     WorkerUp { worker: u32, slot: u16, terms: u16, local: i64, ppm: i32 },

@@ -45,6 +45,7 @@ pub(crate) struct Lease {
 pub(crate) struct Event {
     pub(crate) exists: bool,
     pub(crate) status: Status,
+    pub(crate) pending_since: Micros,
     pub(crate) destination: u16,
     pub(crate) attempts: u32,
     pub(crate) max_attempts: u32,
@@ -61,6 +62,8 @@ pub(crate) struct Event {
     pub(crate) open: u32,
     pub(crate) successes: u32,
     pub(crate) poison: bool,
+    /// Its payload is no larger than allowed, and its row decodes.
+    pub(crate) sendable: bool,
     /// Run-outs whose holder was not killed by a poison event.
     pub(crate) other_run_outs: u32,
     pub(crate) owners: u32,
@@ -113,6 +116,8 @@ pub(crate) struct Worker {
     pub(crate) unsure: bool,
     /// A claim was answered: it knows the database.
     pub(crate) met_store: Option<Micros>,
+    /// When it sent its last claim.
+    pub(crate) claimed_at: Micros,
 }
 
 impl Worker {
@@ -138,6 +143,8 @@ pub(crate) struct Call {
     pub(crate) over: bool,
     /// The leases that it was applied to: an index into the links.
     pub(crate) applied: u32,
+    /// How many of them it renewed.
+    pub(crate) renewed: u32,
 }
 
 /// A lease that a call was applied to, and the next one.

@@ -129,8 +129,10 @@ impl Oracle {
         self.now = at;
         self.stats.facts += 1;
         match *fact {
-            Fact::EventCommitted { event, destination, attempts, max_attempts, due, poison } => {
-                self.event_committed(event, destination, (attempts, max_attempts), due, poison);
+            Fact::EventCommitted { event, destination, attempts, max_attempts, due, poison, sendable } => {
+                self.event_committed(event, destination, (attempts, max_attempts), due);
+                let book = &mut self.events[event as usize];
+                (book.poison, book.sendable) = (poison, sendable);
                 Ok(())
             }
             Fact::WorkerUp { worker, terms, local, ppm, .. } => self.worker_up(worker, terms, local, ppm),

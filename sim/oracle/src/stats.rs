@@ -79,6 +79,12 @@ named! {
         LeaseBehind = "an expired lease that a search may have passed over was taken",
         /// Settled after it had run out.
         SettledExpired = "an expired lease was settled by its holder",
+        /// A worker that ends when nothing is pending did so.
+        EndedEmpty = "a worker ended as nothing was pending",
+        /// An event that can't be sent was settled.
+        Unsendable = "an event that can't be sent was settled",
+        /// As many leases were renewed by one statement as it may name.
+        FullRenewal = "a statement renewed a thousand leases",
     }
 }
 

@@ -28,6 +28,9 @@ pub(crate) struct Guarded {
     pub(crate) locked: Micros,
 }
 
+/// How many leases a statement renews at most (rule P5).
+const MOST_RENEWED: u32 = 1_000;
+
 /// Run-outs from which an event is on probation.
 pub(crate) const PROBATION: u32 = 3;
 
@@ -38,13 +41,13 @@ impl Oracle {
         destination: u16,
         (attempts, max_attempts): (u32, u32),
         due: DbMicros,
-        poison: bool,
     ) {
         debug_assert_eq!(id as usize, self.events.len(), "events are numbered in order");
         self.pending += 1;
         self.events.push(Event {
             exists: true,
             status: Status::Pending,
+            pending_since: self.now,
             destination,
             attempts,
             max_attempts,
@@ -57,7 +60,8 @@ impl Oracle {
             last: NONE,
             open: 0,
             successes: 0,
-            poison,
+            poison: false,
+            sendable: true,
             other_run_outs: 0,
             owners: 0,
             ended_late: false,
@@ -79,7 +83,11 @@ impl Oracle {
     }
 
     fn move_to(&mut self, event: u32, status: Status) {
-        let before = std::mem::replace(&mut self.events[event as usize].status, status);
+        let book = &mut self.events[event as usize];
+        let before = std::mem::replace(&mut book.status, status);
+        if status == Status::Pending && before != status {
+            book.pending_since = self.now;
+        }
         self.count(before, -1);
         self.count(status, 1);
     }
@@ -412,6 +420,13 @@ impl Oracle {
         self.events[event as usize].until = until;
         self.leases[lease as usize].granted_at = locked;
         self.leases[lease as usize].renewals += 1;
+        let statement = &mut self.calls[call as usize];
+        statement.renewed += 1;
+        if statement.renewed == MOST_RENEWED {
+            self.stats.saw(Sometimes::FullRenewal);
+        }
+        let within = statement.renewed <= MOST_RENEWED;
+        ensure!(self, S9, within, "worker {worker} renews more than {MOST_RENEWED} leases in one statement");
         self.note_lock(event, locked);
         self.link(call, lease);
         Ok(())
@@ -460,6 +475,9 @@ impl Oracle {
         }
         self.note_lock(event, locked);
         self.events[event as usize].ended_late = self.calls[call as usize].over;
+        if !self.events[event as usize].sendable {
+            self.stats.saw(Sometimes::Unsendable);
+        }
         let lease = self.events[event as usize].lease;
         if matches!(settle, Settle::Release(_)) {
             self.check_given_back(lease)?;

@@ -1,7 +1,7 @@
 //! Workers and their calls: the conditions of **S2**, **S9**'s single renewal, **L4**.
 
 use crate::clock::LocalClock;
-use crate::fact::{Down, Lane, Micros};
+use crate::fact::{Down, Lane, Micros, Status};
 use crate::ledger::{Call, LaneBook, NONE, Worker};
 use crate::{Oracle, Sometimes, Verdict, ensure};
 
@@ -27,6 +27,7 @@ impl Oracle {
             held_by_destination: Vec::new(),
             unsure: false,
             met_store: None,
+            claimed_at: 0,
         });
         Ok(())
     }
@@ -77,6 +78,7 @@ impl Oracle {
         self.sockets_closed(worker, how)?;
         if how == Down::Ended {
             self.check_drain(worker)?;
+            self.check_empty(worker)?;
             let unsettled = self.workers[worker as usize].held > 0;
             self.stats.saw(if unsettled { Sometimes::DrainUnsettled } else { Sometimes::DrainClean });
         }
@@ -107,6 +109,24 @@ impl Oracle {
         Ok(())
     }
 
+    /// **L1**: a worker that nobody told to drain ends by itself only if nothing was pending as its last claim began.
+    fn check_empty(&mut self, worker: u32) -> Verdict {
+        let book = &self.workers[worker as usize];
+        if book.drain_began.is_none() {
+            let left = self.events.iter().position(|event| {
+                event.exists && event.status == Status::Pending && event.pending_since < book.claimed_at
+            });
+            ensure!(
+                self,
+                L1,
+                left.is_none(),
+                "worker {worker} ended by itself while event {left:?} was pending"
+            );
+            self.stats.saw(Sometimes::EndedEmpty);
+        }
+        Ok(())
+    }
+
     pub(crate) fn workers_finished(&mut self) -> Verdict {
         for worker in 0..self.workers.len() as u32 {
             if self.workers[worker as usize].down.is_none() {
@@ -120,7 +140,10 @@ impl Oracle {
         debug_assert_eq!(call as usize, self.calls.len(), "calls are numbered in order");
         let book = &mut self.workers[worker as usize];
         let sent_local = book.clock.at(self.now);
-        self.calls.push(Call { lane, sent: self.now, sent_local, over: false, applied: NONE });
+        self.calls.push(Call { lane, sent: self.now, sent_local, over: false, applied: NONE, renewed: 0 });
+        if lane == Lane::Claim {
+            book.claimed_at = self.now;
+        }
         let under_way = &mut book.lanes[lane.number()].under_way;
         *under_way += 1;
         let under_way = *under_way;

@@ -57,6 +57,7 @@ impl World {
             max_attempts: plan.max_attempts,
             due,
             poison: plan.kills > 0 || plan.cursed,
+            sendable: plan.payload.unsendable().is_none(),
         });
     }
 

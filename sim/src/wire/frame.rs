@@ -6,7 +6,7 @@ use std::time::Duration;
 use leasehold::machine::{
     Answer, ClaimFailure, ClaimReply, ClaimRequest, ClaimTerms, DbTime, DestinationKey, Grant, Incarnation,
     LeaseKey, OwnedReply, OwnedRequest, Place, RenewReply, RenewRequest, RowId, Settle, SettleReply,
-    SettleRequest, Token, WorkerId,
+    SettleRequest, Token, Unsendable, WorkerId,
 };
 use leasehold::ports::Message;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
@@ -146,18 +146,33 @@ impl<A: Wire, B: Wire> Wire for (A, B) {
 
 impl Wire for Grant {
     fn put(&self, out: &mut Vec<u8>) {
-        debug_assert!(self.unsendable.is_none(), "the simulated store has no unsendable rows");
         self.key.put(out);
         self.destination.put(out);
         (self.attempts, (self.max_attempts, self.reclaims)).put(out);
-        self.reclaimed.put(out);
+        (self.reclaimed, self.unsendable.clone()).put(out);
     }
 
     fn get(from: &mut &[u8]) -> Self {
         let (key, destination) = Wire::get(from);
         let (attempts, (max_attempts, reclaims)) = Wire::get(from);
-        let reclaimed = Wire::get(from);
-        Self { key, destination, attempts, max_attempts, reclaims, reclaimed, unsendable: None }
+        let (reclaimed, unsendable) = Wire::get(from);
+        Self { key, destination, attempts, max_attempts, reclaims, reclaimed, unsendable }
+    }
+}
+
+impl Wire for Unsendable {
+    fn put(&self, out: &mut Vec<u8>) {
+        match self {
+            Self::Oversized { bytes } => tagged(0, bytes, out),
+            Self::Malformed { error } => tagged(1, error, out),
+        }
+    }
+
+    fn get(from: &mut &[u8]) -> Self {
+        match byte(from) {
+            0 => Self::Oversized { bytes: Wire::get(from) },
+            _ => Self::Malformed { error: Wire::get(from) },
+        }
     }
 }
 

@@ -34,7 +34,7 @@ use sim_oracle::{Down, Fact, Oracle, Setup, Violation};
 use turmoil::Sim;
 
 use crate::bugs::Place;
-use crate::schedule::{Fault, Schedule, Settings};
+use crate::schedule::{Fault, RESTART_AFTER_KILL, Schedule, Settings};
 use crate::store::Store;
 use crate::trace::Trace;
 use crate::world::{EPOCH, Options, Outcome};
@@ -112,9 +112,10 @@ async fn process(hub: Shared, slot: usize) -> turmoil::Result {
     Gated::new(&hub, worker, run).await?;
     let mut hub = lock(&hub);
     hub.die(worker, Down::Ended);
-    // Its fault may be over already, and was waiting for the drain.
-    let now = hub.now();
-    hub.plan(now, hub::Todo::Start(slot));
+    // Its fault may be over already, and was waiting for the drain. Who ended by itself is started as by a timer.
+    let pause = if hub.processes[worker as usize].draining { 0 } else { RESTART_AFTER_KILL };
+    let at = hub.now() + pause;
+    hub.plan(at, hub::Todo::Start(slot));
     Ok(())
 }
 

@@ -106,6 +106,12 @@ impl Outbox for Client {
     async fn claim(&self, request: ClaimRequest) -> Result<Claimed, StoreFault> {
         match self.ask(Lane::Claim, Ask::Claim(request)).await? {
             (Reply::Claim(reply), messages) => {
+                let (mut hub, worker) = (lock(&self.hub), self.worker);
+                for (grant, end) in crate::process::unsendable(&reply) {
+                    let (event, token) = (grant.key.row.0 as u32, grant.key.token.0);
+                    hub.emit_of(worker, Fact::RequestEnded { worker, event, token, end });
+                    hub.emit_of(worker, Fact::OutcomeKnown { worker, event, token });
+                }
                 Ok(Claimed { reply, messages: messages.into_iter().map(Arc::new).collect() })
             }
             _ => Err(odd()),

@@ -207,6 +207,11 @@ impl Worker {
         limits.claim_batch.min(limits.max_leased.saturating_sub(held))
     }
 
+    fn poll_interval(&self) -> Duration {
+        let interval = self.settings.limits().poll_interval;
+        if planted!(self, PollSeldom) { interval * 40 } else { interval }
+    }
+
     fn may_search(&self) -> bool {
         self.incarnation.is_some() && !planted!(self, SearchNever)
     }
@@ -267,7 +272,7 @@ impl Worker {
             self.claims.search_at = self.now.after(timing.lease() * 4);
         } else if expired {
             // **P10**: at most once per max(poll, G/2).
-            self.claims.search_at = self.now.after(limits.poll_interval.max(timing.reclaim_grace() / 2));
+            self.claims.search_at = self.now.after(self.poll_interval().max(timing.reclaim_grace() / 2));
         }
         let share = limits.max_in_flight_per_destination.saturating_mul(2);
         let shares: Vec<_> = self
@@ -338,11 +343,7 @@ impl Worker {
             return self
                 .observe(Observation::Unexpected { what: "a reply to a claim that is not under way" });
         };
-        let mut poll = self.settings.limits().poll_interval;
-        if planted!(self, PollSeldom) {
-            poll *= 40;
-        }
-        self.claims.at = self.now.after(poll);
+        self.claims.at = self.now.after(self.poll_interval());
         self.claims.backlog = false;
         let timeout = self.timing().store_timeout();
         // However long this process was stopped.
@@ -469,7 +470,9 @@ impl Worker {
         if self.cycles.get(&under_way.request).is_some_and(|cycle| cycle.outstanding == 0) {
             self.end_cycle(under_way.request);
         }
-        if reply.any_pending == Some(false) && self.leases.is_empty() {
+        let empty = reply.any_pending == Some(false)
+            || (planted!(self, UntilEmptyEarly) && self.settings.until_empty && found == 0);
+        if empty && self.leases.is_empty() {
             self.shutdown();
         }
     }
@@ -520,6 +523,7 @@ impl Worker {
         self.fences.insert((held.confirmed, key));
         self.leases.insert(key, held);
         match grant.unsendable {
+            Some(Unsendable::Oversized { .. }) if planted!(self, OversizedSent) => self.enqueue(key),
             Some(Unsendable::Oversized { bytes }) => {
                 let error = format!("payload of {bytes} bytes is larger than max_payload");
                 let outcome = self.judge(key, AttemptResult::Errored { error });
