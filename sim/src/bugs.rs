@@ -101,12 +101,14 @@ bugs! {
     FenceWithoutMargin, Place::Machine(Planted::FenceWithoutMargin), S3, 2000, "the fence is the deadline, without the margin";
     FenceReleasesAtOnce, Place::Machine(Planted::FenceReleasesAtOnce), S6, 2000, "a lease is given back before its abort is confirmed";
     SettleOnce, Place::Machine(Planted::SettleOnce), S2, 2000, "an outcome whose settle failed is dropped";
+    SettlesWhole, Place::Machine(Planted::SettlesWhole), L1, 5000, "a settle that the store can't answer in time is repeated as it was";
     SettleDelayRestarts, Place::Machine(Planted::SettleDelayRestarts), S6, 500, "the delay that is sent is too long by H";
     UnknownClaimForgotten, Place::Machine(Planted::UnknownClaimForgotten), S2, 2000, "after an unknown claim nothing is looked for";
     LateLookAtLease, Place::Machine(Planted::LateLookAtLease), S2, 5000, "after an unknown claim the looks are at once, after R and after L";
     LooksReplaced, Place::Machine(Planted::LooksReplaced), S2, 5000, "the looks for an unknown claim replace those for an earlier one";
     LateClaimForgotten, Place::Machine(Planted::LateClaimForgotten), S2, 5000, "after an unknown claim there are two looks, soon";
     ClaimStopsAfterFailure, Place::Machine(Planted::ClaimStopsAfterFailure), L1, 2000, "a failed claim is the last one";
+    ClaimsWhole, Place::Machine(Planted::ClaimsWhole), L1, 5000, "a claim that the store can't answer in time is repeated as it was";
     SearchNever, Place::Machine(Planted::SearchNever), L1, 2000, "no worker ever searches for expired leases";
     SearchSeldom, Place::Machine(Planted::SearchSeldom), L2, 5000, "expired leases are searched for every 4 L";
     PollSeldom, Place::Machine(Planted::PollSeldom), L3, 500, "the outbox is polled every 40 intervals";

@@ -76,7 +76,7 @@ impl World<'_> {
     pub(crate) fn give_up(&mut self, call: u32) {
         let book = &self.calls[call as usize];
         let (statement, slot) = (book.statement, self.processes[book.worker as usize].slot);
-        if !self.slots[slot].cut_to && self.chance.percent(50) {
+        if !self.slots[slot].cut_to && (self.weather.weight > 0 || self.chance.percent(50)) {
             let delay = self.network_delay();
             self.after(delay, Happening::Cancel(statement, call));
         }
@@ -111,6 +111,7 @@ impl World<'_> {
         let Some(mut statement) = self.statements[id as usize].take() else { return };
         let ready = self.store.begin_work(id, &mut statement, self.now);
         let commits = statement.commits();
+        let weight = statement.heavy_rows() * self.weather.weight;
         self.statements[id as usize] = Some(statement);
         if ready {
             let (least, most) = self.schedule.pace.commit;
@@ -119,7 +120,7 @@ impl World<'_> {
             if commits && self.chance.rarely(rate) {
                 delay += late;
             }
-            self.after(delay, Happening::Commit(id));
+            self.after(delay + weight, Happening::Commit(id));
         }
     }
 

@@ -70,6 +70,7 @@ impl World<'_> {
             Fault::Delay(most) => self.weather.delay = most,
             Fault::LateCall(rate, by) => self.weather.late_call = (rate, by),
             Fault::Stall(most) => self.weather.stall = most,
+            Fault::Weight(row) => self.weather.weight = row,
             Fault::LockRow(event) => {
                 if self.store.lock_outside(event) {
                     self.emit(Fact::RowLocked { event });
@@ -132,6 +133,7 @@ impl World<'_> {
             Fault::Delay(_) => self.weather.delay = 0,
             Fault::LateCall(..) => self.weather.late_call = (0, 0),
             Fault::Stall(_) => self.weather.stall = 0,
+            Fault::Weight(_) => self.weather.weight = 0,
             Fault::LockRow(event) => {
                 if (event as usize) < self.schedule.events.len() {
                     let (freed, next) = self.store.unlock_outside(event);

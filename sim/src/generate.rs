@@ -352,7 +352,8 @@ fn add_faults(schedule: &mut Schedule, rng: &mut Rng, faults: &mut Vec<Timed>) {
         Profile::Calm | Profile::Poison => {}
         Profile::Aimed => {
             // Nothing beside it that would excuse what comes of it.
-            let patterns = [late_claims, late_locks, late_calls, short_locks, steps_ahead, slow_scans];
+            let patterns =
+                [late_claims, late_locks, late_calls, short_locks, steps_ahead, slow_scans, slow_rows];
             rng.pick(&patterns)(schedule, rng, faults);
         }
         Profile::OneFault => {
@@ -384,6 +385,10 @@ fn add_faults(schedule: &mut Schedule, rng: &mut Rng, faults: &mut Vec<Timed>) {
         Profile::SlowEndpoints => several(rng, faults, &[C::Manner, C::Manner], 3),
         Profile::Crowd => {
             crowd(schedule);
+            if rng.percent(50) {
+                let row = schedule.settings[0].store_timeout / rng.within(20, 400);
+                faults.push(Timed { at: 0, lasts: u64::MAX, fault: Fault::Weight(row) });
+            }
             for class in [C::LockRow, C::LockRow, C::LockRow, C::LostReply, C::Delay, C::Crash, C::Drain] {
                 if rng.percent(40) {
                     add(class, schedule, rng, faults);
@@ -537,6 +542,22 @@ fn short_locks(schedule: &mut Schedule, rng: &mut Rng, faults: &mut Vec<Timed>) 
         let most = (timeout.saturating_sub(commit) / 2).saturating_sub(network + MS);
         faults.push(Timed { at: 0, lasts: 8 * lease, fault: Fault::Delay(most) });
     }
+}
+
+/// The store takes its time for each row, so that a few of them are all that it answers within `R`.
+fn slow_rows(schedule: &mut Schedule, rng: &mut Rng, faults: &mut Vec<Timed>) {
+    schedule.slots.truncate(rng.within(1, 2) as usize);
+    let timeout = schedule.settings.iter().map(|settings| settings.store_timeout).min().unwrap_or(S);
+    let row = timeout / rng.within(3, 12);
+    faults.push(Timed { at: 0, lasts: u64::MAX, fault: Fault::Weight(row) });
+    // What comes together ends together.
+    let at = rng.pick(&schedule.events).at;
+    for event in &mut schedule.events {
+        if rng.percent(70) {
+            event.at = at;
+        }
+    }
+    schedule.events.sort_by_key(|event| event.at);
 }
 
 /// The database's clock is set forward beyond `G` while requests are open, mostly those of a worker that is alone.

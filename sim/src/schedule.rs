@@ -370,6 +370,8 @@ pub enum Fault {
     LateCall(u32, u64),
     /// Every statement waits that long, at most, between its start and its locks.
     Stall(u64),
+    /// Every row of a claim or a settle takes that long.
+    Weight(u64),
     /// An outside session locks the row of an event.
     LockRow(u32),
     /// The database's clock is stepped.
@@ -430,14 +432,21 @@ impl Schedule {
         });
         let quiet =
             self.events.iter().map(|event| event.at + event.delay).max().unwrap_or(0).max(self.heal_at);
-        quiet + bounds.max().unwrap_or(0)
+        // Each event is claimed and settled once a try, one by one at the worst, and every other call is for nothing.
+        let row = self.faults.iter().filter_map(|timed| match timed.fault {
+            Fault::Weight(row) => Some(row),
+            _ => None,
+        });
+        let slow = row.max().unwrap_or(0) * self.events.len() as u64 * u64::from(attempts.max(1)) * 8;
+        quiet + bounds.max().unwrap_or(0) + slow
     }
 
-    /// Whether every worker always has room for every event.
+    /// Whether every worker always has room for every event, and the store brings all of them at once.
     pub fn roomy(&self) -> bool {
         let events = self.events.len() as u32;
         let bytes: u64 = self.events.iter().map(|event| event.payload.brought()).sum();
-        let at_once = bytes <= crate::store::MOST_BYTES;
+        let at_once = bytes <= crate::store::MOST_BYTES
+            && !self.faults.iter().any(|timed| matches!(timed.fault, Fault::Weight(_)));
         at_once
             && self.settings.iter().all(|settings| {
                 settings.max_in_flight >= events

@@ -76,6 +76,15 @@ impl Statement {
         !matches!(self.ask, Ask::Owned(_))
     }
 
+    /// Rows that a slow store takes its time for.
+    pub(crate) fn heavy_rows(&self) -> u64 {
+        match self.ask {
+            Ask::Claim(_) => self.picked.len() as u64,
+            Ask::Settle(_) => self.rows.len() as u64,
+            Ask::Renew(_) | Ask::Owned(_) => 0,
+        }
+    }
+
     /// A statement that has not begun.
     pub(crate) fn new(call: u32, worker: u32, ask: Ask) -> Self {
         Self {

@@ -150,6 +150,7 @@ pub(crate) struct Weather {
     pub(crate) delay: u64,
     pub(crate) late_call: (u32, u64),
     pub(crate) stall: u64,
+    pub(crate) weight: u64,
 }
 
 /// A worker's place.

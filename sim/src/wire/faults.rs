@@ -115,6 +115,7 @@ impl World {
             Fault::Delay(most) => hub.weather.delay = most,
             Fault::LateCall(rate, by) => hub.weather.late_call = (rate, by),
             Fault::Stall(most) => hub.weather.stall = most,
+            Fault::Weight(row) => hub.weather.weight = row,
             Fault::LockRow(event) => {
                 if hub.store.lock_outside(event) {
                     hub.emit(Fact::RowLocked { event });
@@ -174,6 +175,7 @@ impl World {
             Fault::Delay(_) => hub.weather.delay = 0,
             Fault::LateCall(..) => hub.weather.late_call = (0, 0),
             Fault::Stall(_) => hub.weather.stall = 0,
+            Fault::Weight(_) => hub.weather.weight = 0,
             Fault::LockRow(event) => {
                 let (freed, next) = hub.store.unlock_outside(event);
                 if freed {

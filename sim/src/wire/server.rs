@@ -109,7 +109,9 @@ async fn execute(hub: &Shared, id: u32) -> (Reply, Vec<Message>) {
         let mut hub = lock(hub);
         let ((least, most), (rate, late)) = (hub.schedule.pace.commit, hub.weather.late_commit);
         let delay = hub.draws.within(least, most);
-        let commits = hub.statements.get(&id).is_some_and(Statement::commits);
+        let statement = hub.statements.get(&id);
+        let commits = statement.is_some_and(Statement::commits);
+        let delay = delay + hub.weather.weight * statement.map_or(0, Statement::heavy_rows);
         if commits && hub.draws.rarely(rate) { delay + late } else { delay }
     };
     sleep(Duration::from_micros(delay)).await;

@@ -12,6 +12,7 @@ use super::super::io::{
 };
 use super::super::row::{ClaimTerms, PROBATION_RECLAIMS};
 use super::super::time::{DbTime, Moment};
+use super::portion::Portion;
 use super::{Cycle, Heartbeat, Held, Outcome, Phase, Worker};
 
 /// How long a worker polls eagerly after it found something: long enough that under load none ever sleeps.
@@ -132,9 +133,7 @@ pub(super) struct Claims {
     /// The next claim reads no more of the queue than that. What shares keep out of a claim is read, and locked, for
     /// nothing, so that after one which shares limited it is twice what that one found.
     reach: u32,
-    /// No claim takes more than that: what a claim brings must arrive within `R`. Halved by one that took long and had no
-    /// answer, a quarter more after each that had one.
-    most: u32,
+    portion: Portion,
     /// A destination whose share limited the last claim has room again.
     pub(super) refill: bool,
     /// The next search for expired leases.
@@ -162,7 +161,7 @@ impl Claims {
             leases: Front::new(now),
             usual: Duration::ZERO,
             reach: u32::MAX,
-            most: u32::MAX,
+            portion: Portion::default(),
             refill: false,
             search_at: now,
             embargo_until: Moment::default(),
@@ -267,7 +266,7 @@ impl Worker {
         let expired = self.may_search() && self.search_due_at() <= self.now;
         // Searches are too seldom to take less than they may.
         let limit = if expired { self.room() } else { self.room().min(self.claims.reach) };
-        let limit = limit.min(self.claims.most);
+        let limit = self.claims.portion.of(limit as usize) as u32;
         if expired && planted!(self, SearchSeldom) {
             self.claims.search_at = self.now.after(timing.lease() * 4);
         } else if expired {
@@ -358,10 +357,12 @@ impl Worker {
         {
             self.claims.usual = took;
         }
-        if !failed {
-            self.claims.most = self.claims.most.saturating_add(self.claims.most / 4 + 1);
-        } else if took * 2 >= timeout {
-            self.claims.most = (under_way.limit / 2).max(1);
+        match &reply {
+            Ok(reply) => self.claims.portion.answered(reply.grants.len() + reply.failed.len()),
+            Err(_) if self.took_long(under_way.sent) && !planted!(self, ClaimsWhole) => {
+                self.claims.portion.unanswered(under_way.limit as usize);
+            }
+            Err(_) => {}
         }
         if under_way.rescans {
             let took = if planted!(self, RescanSeldom) { took * 400 } else { took };

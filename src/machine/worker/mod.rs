@@ -25,6 +25,7 @@ macro_rules! planted {
 
 mod claims;
 mod drain;
+mod portion;
 mod renewals;
 mod sends;
 mod settles;
@@ -568,6 +569,12 @@ impl Worker {
             self.outage = Some(Outage { first_sent, last_failed: self.now });
         }
         self.observe(Observation::StoreCallFailed { call, fault, keys });
+    }
+
+    /// Whether a call without an answer took so long that less of it might have had one: however long this process was
+    /// stopped.
+    fn took_long(&self, sent: Moment) -> bool {
+        self.now.since(sent) * 2 >= self.timing().store_timeout()
     }
 
     /// Short backoff before a failed store call is tried again: 10 ms, doubling up to `R/4`.

@@ -9,6 +9,7 @@ use super::super::io::{
 };
 use super::super::row::{Answer, Settle};
 use super::super::time::Moment;
+use super::portion::Portion;
 use super::{Held, Outcome, Phase, STATEMENT_MAX, Worker};
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -22,11 +23,13 @@ struct UnderWay {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
 pub(super) struct Settles {
     ready: VecDeque<LeaseKey>,
-    /// Halves of a batch that the store refused for good, until the one bad outcome is alone.
+    /// Batches to be repeated: halves of one that the store refused for good, until the one bad outcome is alone, or what
+    /// had no answer.
     halves: Vec<Vec<LeaseKey>>,
     /// Locked rows, to be asked for again.
     skipped: BTreeSet<(Moment, LeaseKey)>,
     under_way: Option<UnderWay>,
+    portion: Portion,
     failures: u32,
     retry_at: Moment,
     /// Given up on, so that they are not taken for orphans (rule P7) while their leases run out.
@@ -79,10 +82,14 @@ impl Worker {
             self.settles.skipped.pop_first();
             self.settles.ready.push_back(key);
         }
+        let most = self.settles.portion.of(STATEMENT_MAX);
         let mut keys = self.settles.halves.pop().unwrap_or_else(|| {
-            let batch = self.settles.ready.len().min(STATEMENT_MAX);
+            let batch = self.settles.ready.len().min(most);
             self.settles.ready.drain(..batch).collect()
         });
+        if keys.len() > most {
+            self.settles.halves.push(keys.split_off(most));
+        }
         keys.sort_unstable();
         let entries = keys.iter().filter_map(|key| match self.leases.get(key) {
             Some(Held { phase: Phase::Outcome(outcome), .. }) => {
@@ -116,6 +123,7 @@ impl Worker {
             Ok(reply) => {
                 self.store_answered(sent, reply.db_now);
                 self.settles.failures = 0;
+                self.settles.portion.answered(keys.len());
                 for (key, answer) in reply.answers {
                     match keys.binary_search(&key) {
                         Ok(at) => {
@@ -146,6 +154,11 @@ impl Worker {
                         if planted!(self, SettleOnce) {
                             keys.iter().for_each(|key| self.drop_lease(*key, HeartbeatEnd::Settled, None));
                             return;
+                        }
+                        // One may have been lost.
+                        if self.settles.failures > 1 && self.took_long(sent) && !planted!(self, SettlesWhole)
+                        {
+                            self.settles.portion.unanswered(keys.len());
                         }
                         self.settles.halves.push(keys);
                     }

@@ -74,6 +74,51 @@ fn a_settle_that_fails_is_repeated_ever_later_up_to_a_quarter_of_the_timeout() {
 }
 
 #[test]
+fn a_settle_that_is_twice_not_answered_in_time_is_repeated_in_parts() {
+    let limits = Limits { max_in_flight: 9, max_leased: 9, ..limits() };
+    let settings = WorkerSettings::parse(timing(30 * SECOND), limits, retry(), 7).expect("sound");
+    let timeout = settings.timing().store_timeout();
+    let mut bed = Bed::new(settings);
+    for id in 1..=9 {
+        bed.add(id, &format!("http://{id}"));
+    }
+    bed.run(MS);
+    let open = bed.opened();
+    assert_eq!(open.len(), 9);
+    let mut next = |bed: &mut Bed, took: Duration, answered: bool| loop {
+        bed.now = bed.now.max(bed.worker.next_wakeup().unwrap_or(bed.now));
+        bed.wake();
+        let at = bed.pending.iter().position(|action| matches!(action, Action::Settle(..)));
+        let settle = at.map(|at| bed.pending.remove(at));
+        bed.answer_all();
+        let Some(Action::Settle(request, settle)) = settle else { continue };
+        let size = settle.entries.len();
+        bed.now = bed.now.after(took);
+        if answered {
+            bed.answer(Action::Settle(request, settle));
+        } else {
+            let reply = Err(StoreFault::Unknown { error: "too much".into() });
+            bed.give(Input::Settled { request, reply });
+        }
+        return size;
+    };
+    for key in &open[1..] {
+        bed.respond(*key, 200);
+    }
+    // The first outcome goes alone, the others gather.
+    assert_eq!(next(&mut bed, MS, true), 1);
+    let tries = [(timeout, false), (timeout, false), (MS, true), (MS, true)];
+    let sizes: Vec<usize> = tries.map(|(took, answered)| next(&mut bed, took, answered)).into();
+    assert_eq!(sizes, [7, 7, 3, 4]);
+    // Two that failed at once were not too large.
+    bed.respond(open[0], 200);
+    let sizes: Vec<usize> =
+        [(MS, false), (MS, false), (MS, true)].map(|(took, answered)| next(&mut bed, took, answered)).into();
+    assert_eq!(sizes, [1, 1, 1]);
+    assert_eq!(bed.worker.leased(), 0);
+}
+
+#[test]
 fn one_bad_outcome_is_isolated_and_given_up() {
     let mut bed = Bed::new(settings());
     for id in 1..=4 {
