@@ -85,7 +85,7 @@ fn a_settle_that_is_twice_not_answered_in_time_is_repeated_in_parts() {
     bed.run(MS);
     let open = bed.opened();
     assert_eq!(open.len(), 9);
-    let mut next = |bed: &mut Bed, took: Duration, answered: bool| loop {
+    let next = |bed: &mut Bed, took: Duration, answered: bool| loop {
         bed.now = bed.now.max(bed.worker.next_wakeup().unwrap_or(bed.now));
         bed.wake();
         let at = bed.pending.iter().position(|action| matches!(action, Action::Settle(..)));
