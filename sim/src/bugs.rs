@@ -128,6 +128,7 @@ bugs! {
     DrainWaits, Place::Machine(Planted::DrainWaits), L4, 5000, "a drain waits until everything is settled";
     DrainAbortsAtOnce, Place::Machine(Planted::DrainAbortsAtOnce), S2, 5000, "a drain breaks off what is open at once";
     DrainStopsRenewing, Place::Machine(Planted::DrainStopsRenewing), S2, 5000, "a worker that drains renews nothing";
+    DrainKeepsQueue, Place::Machine(Planted::DrainKeepsQueue), L4, 1000, "a drain does not give back what was not started";
     RetryBeyondLimit, Place::Machine(Planted::RetryBeyondLimit), S6, 500, "the attempt limit is not looked at";
     FailBeforeLimit, Place::Machine(Planted::FailBeforeLimit), S6, 500, "an event fails one try early";
     RetryAfterIgnored, Place::Machine(Planted::RetryAfterIgnored), S6, 2000, "Retry-After is ignored";

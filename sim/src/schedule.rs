@@ -433,21 +433,21 @@ impl Schedule {
         let quiet =
             self.events.iter().map(|event| event.at + event.delay).max().unwrap_or(0).max(self.heal_at);
         // Each event is claimed and settled once a try, one by one at the worst, and every other call is for nothing.
-        let row = self.faults.iter().filter_map(|timed| match timed.fault {
-            Fault::Weight(row) => Some(row),
-            _ => None,
-        });
-        let slow = row.max().unwrap_or(0) * self.events.len() as u64 * u64::from(attempts.max(1)) * 8;
+        let slow = self.row_takes() * self.events.len() as u64 * u64::from(attempts.max(1)) * 8;
         quiet + bounds.max().unwrap_or(0) + slow
     }
 
-    /// Whether every worker always has room for every event, and the store brings all of them at once.
+    /// How long the store takes for each row, at the most.
+    pub fn row_takes(&self) -> u64 {
+        let weight = |timed: &Timed| if let Fault::Weight(row) = timed.fault { row } else { 0 };
+        self.faults.iter().map(weight).max().unwrap_or(0)
+    }
+
+    /// Whether every worker always has room for every event, and a claim for all their payloads.
     pub fn roomy(&self) -> bool {
         let events = self.events.len() as u32;
         let bytes: u64 = self.events.iter().map(|event| event.payload.brought()).sum();
-        let at_once = bytes <= crate::store::MOST_BYTES
-            && !self.faults.iter().any(|timed| matches!(timed.fault, Fault::Weight(_)));
-        at_once
+        bytes <= crate::store::MOST_BYTES
             && self.settings.iter().all(|settings| {
                 settings.max_in_flight >= events
                     && settings.max_in_flight_per_destination >= events

@@ -229,6 +229,7 @@ impl<'a> World<'a> {
             checks: options.checks,
             converge_by: Some(schedule.converge_by()),
             roomy: schedule.roomy(),
+            slow_rows: schedule.row_takes() > 0,
         };
         let destinations = schedule.destinations.len();
         let mut world = Self {

@@ -50,6 +50,7 @@ planted! {
     DrainWaits,
     DrainAbortsAtOnce,
     DrainStopsRenewing,
+    DrainKeepsQueue,
     RetryBeyondLimit,
     FailBeforeLimit,
     RetryAfterIgnored,

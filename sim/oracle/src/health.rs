@@ -93,7 +93,7 @@ impl Oracle {
     }
 
     /// By how much a worker's clock may have gone wrong since then.
-    fn clock_error(&self, worker: u32, since: Micros) -> u64 {
+    pub(crate) fn clock_error(&self, worker: u32, since: Micros) -> u64 {
         let book = &self.workers[worker as usize];
         let drift = book.worst_ppm * (self.now - since) / 1_000_000;
         drift + book.clock_stepped_since(since)

@@ -57,6 +57,8 @@ pub struct Setup {
     pub converge_by: Option<Micros>,
     /// Whether every worker always has room for every event, so that waiting times can be bounded.
     pub roomy: bool,
+    /// Whether the store takes its time for each row, so that what a worker asks for is answered bit by bit.
+    pub slow_rows: bool,
 }
 
 /// The judge. See the crate's documentation.
@@ -76,6 +78,7 @@ pub struct Oracle {
     longest_claim: Micros,
     converge_by: Option<Micros>,
     roomy: bool,
+    slow_rows: bool,
     workers: Vec<Worker>,
     events: Vec<Event>,
     leases: Vec<Lease>,
@@ -102,7 +105,8 @@ impl Oracle {
             db_highest: DbMicros::MIN,
             longest_claim: 0,
             converge_by: setup.converge_by,
-            roomy: setup.roomy,
+            roomy: setup.roomy && !setup.slow_rows,
+            slow_rows: setup.slow_rows,
             workers: Vec::new(),
             events: Vec::with_capacity(64),
             leases: Vec::with_capacity(128),

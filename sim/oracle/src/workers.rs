@@ -2,7 +2,7 @@
 
 use crate::clock::LocalClock;
 use crate::fact::{Down, Lane, Micros, Status};
-use crate::ledger::{Call, LaneBook, NONE, Worker};
+use crate::ledger::{Call, Event, LaneBook, NONE, Worker};
 use crate::{Oracle, Sometimes, Verdict, ensure};
 
 impl Oracle {
@@ -78,6 +78,7 @@ impl Oracle {
         self.sockets_closed(worker, how)?;
         if how == Down::Ended {
             self.check_drain(worker)?;
+            self.check_left(worker)?;
             self.check_empty(worker)?;
             let unsettled = self.workers[worker as usize].held > 0;
             self.stats.saw(if unsettled { Sometimes::DrainUnsettled } else { Sometimes::DrainClean });
@@ -106,6 +107,27 @@ impl Oracle {
             "worker {worker} has drained for {took} us, allowed are {}",
             terms.drain_timeout
         );
+        Ok(())
+    }
+
+    /// **L4**: where nothing went wrong, a drain leaves no lease.
+    fn check_left(&mut self, worker: u32) -> Verdict {
+        let book = &self.workers[worker as usize];
+        let Some(began) = book.drain_began.filter(|_| book.held > 0) else { return Ok(()) };
+        let timeout = self.terms_of(worker).store_timeout;
+        let mine = |event: &&Event| event.lease != NONE && self.leases[event.lease as usize].worker == worker;
+        let kept = self.events.iter().filter(mine).any(|event| {
+            let lease = &self.leases[event.lease as usize];
+            event.locked_since.is_some() || event.unlocked_at >= began || lease.impossible
+        });
+        let troubled = self.slow_rows
+            || kept
+            || book.unsure
+            || book.stopped_between(began.saturating_sub(timeout), self.now) > 0
+            || self.clock_error(worker, 0) > 0
+            || book.last_miss.is_some_and(|at| at + timeout >= began)
+            || self.last_loss.is_some();
+        ensure!(self, L4, troubled, "worker {worker} leaves {} leases after a drain", book.held);
         Ok(())
     }
 

@@ -154,6 +154,7 @@ impl World {
             checks: options.checks,
             converge_by: Some(schedule.converge_by()),
             roomy: schedule.roomy(),
+            slow_rows: schedule.row_takes() > 0,
         };
         let forgets = schedule.faults.iter().any(|timed| matches!(timed.fault, Fault::Failover(..)));
         let store = Store::new(EPOCH, schedule.destinations.len(), forgets, options.bug);

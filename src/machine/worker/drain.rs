@@ -30,6 +30,9 @@ impl Worker {
         self.drain = Some(Drain { abort_at, end_at, aborting: false, looked: false, aborted: 0 });
         let leased = u32::try_from(self.leases.len()).unwrap_or(u32::MAX);
         self.observe(Observation::DrainBegan { leased, open: self.open });
+        if planted!(self, DrainKeepsQueue) {
+            return;
+        }
         for key in self.leases_where(|phase| matches!(phase, Phase::Queued { .. })) {
             self.stop(key, Aborting::Drained);
         }
