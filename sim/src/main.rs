@@ -167,7 +167,9 @@ fn load(what: &str, profile: Option<Profile>) -> Result<Schedule, String> {
     }
     let text = std::fs::read_to_string(what).map_err(|error| format!("{what}: {error}"))?;
     let case: Case = serde_json::from_str(&text).map_err(|error| format!("{what}: {error}"))?;
-    Ok(case.schedule)
+    let refused =
+        case.schedule.settings.iter().find_map(|settings| settings.worker(case.schedule.seed).err());
+    refused.map_or(Ok(case.schedule), |error| Err(format!("{what}: {error}")))
 }
 
 fn bug_named(name: Option<String>) -> Result<Option<Bug>, String> {

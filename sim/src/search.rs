@@ -11,25 +11,24 @@ use crate::schedule::{Profile, Schedule};
 use crate::world::{Options, Outcome, Tier, World};
 use crate::{generate, profile_of};
 
-/// Runs a schedule. A panic of the machine is a violation like any other.
+/// Runs a schedule.
+///
+/// # Panics
+/// If the schedule's settings are not accepted by the machine.
 pub fn run(schedule: &Schedule, options: Options) -> Outcome {
-    let run = || match options.tier {
+    match options.tier {
         Tier::Des => World::new(schedule, options).run(),
         Tier::Wire => crate::wire::run(schedule, options),
-    };
-    catch_unwind(AssertUnwindSafe(run)).unwrap_or_else(|panic| {
-        let text = panic.downcast_ref::<String>().cloned();
-        let text =
-            text.or_else(|| panic.downcast_ref::<&str>().map(|text| (*text).to_owned())).unwrap_or_default();
-        Outcome {
-            violation: Some(Violation { invariant: Invariant::Panic, text, at: 0 }),
-            hash: 0,
-            steps: 0,
-            ended_at: 0,
-            stats: Stats::default(),
-            facts: Vec::new(),
-        }
-    })
+    }
+}
+
+/// Plays a run. A panic of the machine or the driver is a violation like any other, at what time it may be; what happened
+/// before it is kept.
+pub(crate) fn caught(play: impl FnOnce()) -> Option<Violation> {
+    let panic = catch_unwind(AssertUnwindSafe(play)).err()?;
+    let text = panic.downcast_ref::<String>().cloned();
+    let text = text.or_else(|| panic.downcast_ref::<&str>().map(|text| (*text).to_owned()));
+    Some(Violation { invariant: Invariant::Panic, text: text.unwrap_or_default(), at: 0 })
 }
 
 /// A seed that breaks an invariant.

@@ -9,6 +9,7 @@ use crate::bugs::{Bug, Place};
 use crate::process::{Item, Process, Request};
 use crate::rng::Rng;
 use crate::schedule::{Fault, Manner, Schedule};
+use crate::search::caught;
 use crate::statement::{Reply, Statement};
 use crate::store::Store;
 use crate::trace::Trace;
@@ -338,8 +339,22 @@ impl<'a> World<'a> {
 
     /// Runs to the end: until every event is terminal, an invariant breaks, or the time for it is up.
     pub fn run(mut self) -> Outcome {
-        let limit = self.schedule.converge_by() + 1;
         let mut steps = 0;
+        if let Some(panic) = caught(|| self.play(&mut steps)) {
+            self.violation = Some(Violation { at: self.now, ..panic });
+        }
+        Outcome {
+            violation: self.violation,
+            hash: self.trace.hash(),
+            steps,
+            ended_at: self.now,
+            stats: self.oracle.stats.clone(),
+            facts: self.trace.into_facts(),
+        }
+    }
+
+    fn play(&mut self, steps: &mut u64) {
+        let limit = self.schedule.converge_by() + 1;
         while self.violation.is_none()
             && let Some((time, happening)) = self.next()
         {
@@ -348,12 +363,12 @@ impl<'a> World<'a> {
                 break;
             }
             self.now = time;
-            steps += 1;
+            *steps += 1;
             self.happen(happening);
             if self.settled() {
                 break;
             }
-            if steps == MOST_STEPS {
+            if *steps == MOST_STEPS {
                 let text = "the run goes round in circles".to_owned();
                 self.violation = Some(Violation { invariant: Invariant::L1, text, at: self.now });
             }
@@ -364,14 +379,6 @@ impl<'a> World<'a> {
         }
         if self.violation.is_none() {
             self.violation = self.oracle.finish(self.now).err();
-        }
-        Outcome {
-            violation: self.violation,
-            hash: self.trace.hash(),
-            steps,
-            ended_at: self.now,
-            stats: self.oracle.stats.clone(),
-            facts: self.trace.into_facts(),
         }
     }
 

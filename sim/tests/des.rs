@@ -157,3 +157,18 @@ fn a_failure_shrinks_to_its_cause() {
     let drawing = sim::timeline::timeline(&shrunk.schedule, &outcome.facts, outcome.violation.as_ref());
     assert!(drawing.starts_with("<svg") && drawing.contains("stroke=\"red\""));
 }
+
+#[test]
+fn a_panic_is_a_finding_with_a_story() {
+    let mut schedule = generate(0, Profile::Calm);
+    let mut late = schedule.slots[0].clone();
+    // Settings that there are not.
+    (late.settings, late.starts) = (99, 10_000_000);
+    schedule.slots.push(late);
+    schedule.events[0].at = 20_000_000;
+    let outcome = run(&schedule, Options { keep: true, ..Options::default() });
+    let violation = outcome.violation.unwrap();
+    assert_eq!((violation.invariant, violation.at), (Invariant::Panic, 10_000_000));
+    assert!(violation.text.contains("99"), "{violation}");
+    assert!(sim::story::story(&schedule, &outcome.facts).contains("starts in slot 0"));
+}

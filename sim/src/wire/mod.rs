@@ -35,6 +35,7 @@ use turmoil::Sim;
 
 use crate::bugs::Place;
 use crate::schedule::{Fault, RESTART_AFTER_KILL, Schedule, Settings};
+use crate::search::caught;
 use crate::store::Store;
 use crate::trace::Trace;
 use crate::world::{EPOCH, Options, Outcome};
@@ -139,9 +140,6 @@ struct World {
 }
 
 /// Runs a schedule.
-///
-/// # Panics
-/// If a host does: a panic of the driver or the machine is a finding.
 pub(crate) fn run(schedule: &Schedule, options: Options) -> Outcome {
     World::new(Arc::new(fit(schedule)), options).run()
 }
@@ -205,14 +203,31 @@ impl World {
     }
 
     fn run(mut self) -> Outcome {
-        let limit = self.schedule.converge_by() + 1;
         let mut steps = 0;
+        let panic = caught(|| self.play(&mut steps));
+        let now = lock(&self.hub).tick;
+        if let Some(panic) = panic {
+            self.judge();
+            self.violation = Some(Violation { at: now, ..panic });
+        }
+        Outcome {
+            violation: self.violation,
+            hash: self.trace.hash(),
+            steps,
+            ended_at: now,
+            stats: self.oracle.stats.clone(),
+            facts: self.trace.into_facts(),
+        }
+    }
+
+    fn play(&mut self, steps: &mut u64) {
+        let limit = self.schedule.converge_by() + 1;
         while self.violation.is_none() && lock(&self.hub).tick <= limit && !self.settled() {
             self.control();
             if let Err(error) = self.sim.step() {
                 panic!("a host failed: {error}");
             }
-            steps += 1;
+            *steps += 1;
             self.judge();
             lock(&self.hub).tick += TICK;
             self.bury();
@@ -225,14 +240,6 @@ impl World {
         let now = lock(&self.hub).tick;
         if self.violation.is_none() {
             self.violation = self.oracle.finish(now).err();
-        }
-        Outcome {
-            violation: self.violation,
-            hash: self.trace.hash(),
-            steps,
-            ended_at: now,
-            stats: self.oracle.stats.clone(),
-            facts: self.trace.into_facts(),
         }
     }
 
