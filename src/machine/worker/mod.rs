@@ -178,6 +178,14 @@ struct Outage {
     last_failed: Moment,
 }
 
+/// The earlier of two moments, of which either may never come.
+fn earlier(one: Option<Moment>, other: Option<Moment>) -> Option<Moment> {
+    match (one, other) {
+        (Some(one), Some(other)) => Some(one.min(other)),
+        (one, other) => one.or(other),
+    }
+}
+
 /// One worker's decisions. See the module's documentation for the contract.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Worker {
@@ -302,20 +310,13 @@ impl Worker {
             .first()
             .filter(|_| !planted!(self, FenceNever))
             .map(|(confirmed, _)| self.fence_at(*confirmed));
-        let mut next = watch;
-        let mut or = |due: Option<Moment>| {
-            if let Some(due) = due {
-                next = Some(next.map_or(due, |next| next.min(due)));
-            }
-        };
-        or(fence);
-        or(self.renewal_due_at());
-        or(self.alone_due_at());
-        or(self.settle_due_at());
-        or(self.owned_due_at());
-        or(self.claim_due_at());
-        or(self.drain_due_at());
-        next
+        let next = earlier(watch, fence);
+        let next = earlier(next, self.renewal_due_at());
+        let next = earlier(next, self.alone_due_at());
+        let next = earlier(next, self.settle_due_at());
+        let next = earlier(next, self.owned_due_at());
+        let next = earlier(next, self.claim_due_at());
+        earlier(next, self.drain_due_at())
     }
 
     /// Set once nothing is left to do: drained, or the outbox was found empty with `until_empty`.

@@ -8,7 +8,7 @@ use super::super::id::{LeaseKey, RequestId};
 use super::super::io::{Action, Observation, RenewReply, RenewRequest, StoreCall, StoreFault};
 use super::super::row::Answer;
 use super::super::time::Moment;
-use super::{Heartbeat, Held, Phase, STATEMENT_MAX, Worker};
+use super::{Heartbeat, Held, Phase, STATEMENT_MAX, Worker, earlier};
 
 /// One renewal statement under way.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -59,7 +59,7 @@ impl Worker {
         if planted!(self, DrainStopsRenewing) && self.drain.is_some() {
             return None;
         }
-        let due = [self.run_due_at(), self.locked_due_at()].into_iter().flatten().min()?;
+        let due = earlier(self.run_due_at(), self.locked_due_at())?;
         Some(due.max(self.renewals.retry_at))
     }
 
