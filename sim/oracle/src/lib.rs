@@ -161,11 +161,15 @@ impl Oracle {
                 self.claim_failed(store::Claim { worker, call, event, began, locked }, why)
             }
             Fact::Renewed { worker, call, event, token, answer, until, locked } => {
-                self.lock_over(event, locked);
+                if answer != Answer::Skipped {
+                    self.unlocked(event, locked);
+                }
                 self.renewed(store::Guarded { worker, call, event, token, answer, locked }, until)
             }
             Fact::Settled { worker, call, event, token, settle, answer, attempts, due, locked } => {
-                self.lock_over(event, locked);
+                if answer != Answer::Skipped {
+                    self.unlocked(event, locked);
+                }
                 let guarded = store::Guarded { worker, call, event, token, answer, locked };
                 self.settled(guarded, settle, attempts, due)
             }
@@ -177,8 +181,7 @@ impl Oracle {
                 Ok(())
             }
             Fact::LockDropped { event, since } => {
-                self.lock_over(event, since);
-                self.note_lock(event, since);
+                self.unlocked(event, since);
                 Ok(())
             }
             Fact::StartAllowed { worker, event, token } => self.start_allowed(worker, event, token),
@@ -199,7 +202,7 @@ impl Oracle {
             }
             Fact::RowUnlocked { event } => {
                 if let Some(since) = self.events[event as usize].locked_since.take() {
-                    self.note_lock(event, since);
+                    self.unlocked(event, since);
                 }
                 self.quiet_since = at;
                 Ok(())

@@ -427,7 +427,6 @@ impl Oracle {
         }
         let within = statement.renewed <= MOST_RENEWED;
         ensure!(self, S9, within, "worker {worker} renews more than {MOST_RENEWED} leases in one statement");
-        self.note_lock(event, locked);
         self.link(call, lease);
         Ok(())
     }
@@ -473,7 +472,6 @@ impl Oracle {
         if self.state(event, locked) == RowState::Expired {
             self.stats.saw(Sometimes::SettledExpired);
         }
-        self.note_lock(event, locked);
         self.events[event as usize].ended_late = self.calls[call as usize].over;
         if !self.events[event as usize].sendable {
             self.stats.saw(Sometimes::Unsendable);

@@ -104,14 +104,21 @@ impl Oracle {
         longest.unwrap_or(0) * u64::from(turns)
     }
 
+    /// Somebody's transaction is over, and it kept the row from its holder too.
+    pub(crate) fn unlocked(&mut self, event: u32, locked: Micros) {
+        let since = self.lock_over(event, locked);
+        self.note_lock(event, since);
+    }
+
     /// Somebody's transaction is over. Where they had the row's lock for long, one or several that waited for each other,
-    /// no claim could have taken it until now.
-    pub(crate) fn lock_over(&mut self, event: u32, locked: Micros) {
+    /// no claim could have taken it until now. Answers since when they had it.
+    pub(crate) fn lock_over(&mut self, event: u32, locked: Micros) -> Micros {
         let event = &mut self.events[event as usize];
         let since = if locked <= event.locked.1 { event.locked.0 } else { locked };
         event.locked = (since, self.now);
         if self.now - since > 1_000 {
             event.unlocked_at = self.now;
         }
+        since
     }
 }
