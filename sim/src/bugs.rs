@@ -82,6 +82,7 @@ bugs! {
     NeverReclaim, Place::Store, L1, 200, "expired leases are never taken";
     RetiredFailed, Place::Store, S8, 200, "retention deletes failed events that nobody asked it to";
     LostRow, Place::Store, S8, 1000, "a settle that fails an event deletes its row";
+    UpIgnored, Place::Store, S2, 1000, "the claim does not look at how long the server has been up";
     FrontPastLocked, Place::Store, L3, 2000, "a claim's front passes over what others have locked";
     ClaimIgnoresShare, Place::Store, S9, 1000, "the claim does not look at shares";
     StartUnchecked, Place::Driver, S3, 5000, "a start is not compared with its fence";
@@ -119,6 +120,7 @@ bugs! {
     RescanSeldom, Place::Machine(Planted::RescanSeldom), L3, 5000, "a scan from the beginning keeps the next one away for 200 times as long";
     RescanNear, Place::Machine(Planted::RescanNear), L1, 5000, "once a scan took long, none starts more than a minute ahead of the front";
     EmbargoAlways, Place::Machine(Planted::EmbargoAlways), L2, 5000, "an embargo lasts 12 L and is begun again at every failure";
+    EmbargoNever, Place::Machine(Planted::EmbargoNever), S2, 5000, "a new incarnation begins no embargo";
     LeasesUnlimited, Place::Machine(Planted::LeasesUnlimited), S9, 500, "a worker asks for more leases than it may hold";
     RequestsUnlimited, Place::Machine(Planted::RequestsUnlimited), S9, 500, "a worker opens more requests than it may";
     DestinationUnlimited, Place::Machine(Planted::DestinationUnlimited), S9, 500, "a worker opens more requests to a destination than it may";

@@ -21,10 +21,11 @@ impl Store {
         facts.push(Fact::DbDown);
     }
 
-    /// The server is up again, another incarnation. It has forgotten what committed after `forgotten`.
+    /// A server is up, another incarnation: the old one, started again, or a standby, which has been up for as long as
+    /// anybody knows and has forgotten what committed after `forgotten`.
     pub(crate) fn come_up(&mut self, now: u64, forgotten: Option<u64>, facts: &mut Vec<Fact>) {
         self.up = true;
-        self.booted = now;
+        self.booted = if forgotten.is_none() { now } else { 0 };
         self.incarnation = Incarnation::new(format!("server {}", self.epoch));
         let mut touched: Vec<(u32, bool)> = Vec::new();
         let mut lost = 0;
@@ -39,7 +40,7 @@ impl Store {
                 }
             }
         }
-        facts.push(Fact::DbUp { lost });
+        facts.push(Fact::DbUp { lost, standby: forgotten.is_some() });
         for (event, exists) in touched {
             let row = &self.rows[event as usize];
             if !exists {

@@ -191,7 +191,9 @@ impl Store {
         let early = self.db(statement.began);
         let seen = self.seen(statement.began);
         let up_for = statement.began.saturating_sub(self.booted);
-        let long_up = self.booted == 0 || Duration::from_micros(up_for) >= request.terms.lease;
+        let long_up = self.booted == 0
+            || Duration::from_micros(up_for) >= request.terms.lease
+            || self.has(Bug::UpIgnored);
         let known = request.incarnation.as_ref() == Some(&self.incarnation);
         let valid = request.terms.valid(early);
         statement.searched = request.terms.expired && long_up && known && valid;

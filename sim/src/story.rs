@@ -101,7 +101,10 @@ fn line(schedule: &Schedule, fact: &Fact, begun: &mut [bool]) -> Option<(String,
         Fact::RowUnlocked { event } => (db(), format!("the outside session lets go of {event}")),
         Fact::DbStepped { by } => (db(), format!("the clock is stepped by {}", seconds(by))),
         Fact::DbDown => (db(), "is down".into()),
-        Fact::DbUp { lost } => (db(), format!("is up, {lost} confirmed commits are lost")),
+        Fact::DbUp { standby: false, .. } => (db(), "is up again".into()),
+        Fact::DbUp { lost, standby: true } => {
+            (db(), format!("a standby takes over; {lost} confirmed commits are lost"))
+        }
         Fact::RowRestored { event, status, owner, .. } => {
             (db(), format!("{event} is as before: {status:?}, owner {owner:?}"))
         }

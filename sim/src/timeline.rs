@@ -94,7 +94,7 @@ fn collect(schedule: &Schedule, facts: &[(u64, Fact)], end: u64) -> Lanes {
                 }
             }
             Fact::DbDown => down = Some(at),
-            Fact::DbUp { lost } => {
+            Fact::DbUp { lost, .. } => {
                 if let Some(from) = down.take() {
                     bar(database, from, "stop", format!("down, {lost} commits lost"));
                 }

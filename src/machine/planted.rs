@@ -41,6 +41,7 @@ planted! {
     RescanSeldom,
     RescanNear,
     EmbargoAlways,
+    EmbargoNever,
     LeasesUnlimited,
     RequestsUnlimited,
     DestinationUnlimited,

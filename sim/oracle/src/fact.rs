@@ -203,7 +203,7 @@ pub enum Fact {
     /// The database went down.
     DbDown,
     /// It is up again; that many confirmed commits are lost. What became of the rows follows.
-    DbUp { lost: u32 },
+    DbUp { lost: u32, standby: bool },
     /// A lost commit: the row is as it had been before.
     RowRestored {
         event: u32,

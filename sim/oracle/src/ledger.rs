@@ -104,7 +104,8 @@ pub(crate) struct Worker {
     pub(crate) set_back: u64,
     pub(crate) worst_ppm: u64,
     pub(crate) lanes: [LaneBook; 4],
-    /// When a call last went unanswered.
+    /// When a call first and last went unanswered.
+    pub(crate) first_miss: Option<Micros>,
     pub(crate) last_miss: Option<Micros>,
     pub(crate) drain_began: Option<Micros>,
     pub(crate) open: u32,
@@ -132,6 +133,16 @@ impl Worker {
     pub(crate) fn clock_stepped_since(&self, since: Micros) -> u64 {
         self.clock_steps.iter().filter(|(at, by)| at + by >= since).map(|(_, by)| by).sum()
     }
+}
+
+/// The database is back.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Return {
+    pub(crate) at: Micros,
+    /// Since when it had been down.
+    pub(crate) down_at: Micros,
+    /// Another server, which has been up for long.
+    pub(crate) standby: bool,
 }
 
 /// One store call.

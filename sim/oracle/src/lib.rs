@@ -25,7 +25,7 @@ pub use stats::{Change, RowState, Sometimes, Stats, reachable};
 pub use terms::Terms;
 pub use violation::{Checks, Excuse, Excuses, Invariant, Violation};
 
-use ledger::{Call, Event, Lease, Link, NONE, Worker};
+use ledger::{Call, Event, Lease, Link, NONE, Return, Worker};
 
 /// Fails with a violation unless a condition holds or its invariant is not checked.
 macro_rules! ensure {
@@ -69,6 +69,8 @@ pub struct Oracle {
     terms: Vec<Terms>,
     db: DbClockModel,
     db_up: bool,
+    down_at: Micros,
+    returns: Vec<Return>,
     last_loss: Option<Micros>,
     /// When something last went wrong that may delay claims.
     quiet_since: Micros,
@@ -100,6 +102,8 @@ impl Oracle {
             terms: setup.terms,
             db: DbClockModel::new(setup.epoch),
             db_up: true,
+            down_at: 0,
+            returns: Vec::new(),
             last_loss: None,
             quiet_since: 0,
             db_highest: DbMicros::MIN,
@@ -218,11 +222,13 @@ impl Oracle {
             }
             Fact::DbDown => {
                 self.db_up = false;
+                self.down_at = at;
                 self.quiet_since = at;
                 Ok(())
             }
-            Fact::DbUp { lost } => {
+            Fact::DbUp { lost, standby } => {
                 self.db_up = true;
+                self.returns.push(Return { at, down_at: self.down_at, standby });
                 self.quiet_since = at;
                 if lost > 0 {
                     self.last_loss = Some(at);

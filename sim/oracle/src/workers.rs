@@ -19,6 +19,7 @@ impl Oracle {
             set_back: 0,
             worst_ppm: u64::from(ppm.unsigned_abs()),
             lanes: [LaneBook::default(); 4],
+            first_miss: None,
             last_miss: None,
             drain_began: None,
             open: 0,
@@ -224,6 +225,7 @@ impl Oracle {
             lane_book.double_miss = Some(now);
         }
         if lane != Lane::RenewAlone {
+            holder.first_miss.get_or_insert(sent);
             holder.last_miss = Some(now);
         }
         holder.unsure |= lane == Lane::Claim;

@@ -424,7 +424,9 @@ impl Worker {
         self.store_answered(under_way.sent, reply.db_now);
         self.claims.searched |= reply.searched_expired;
         if self.incarnation.as_ref().is_some_and(|known| *known != reply.incarnation) {
-            self.embargo(EmbargoCause::NewIncarnation);
+            if !planted!(self, EmbargoNever) {
+                self.embargo(EmbargoCause::NewIncarnation);
+            }
             // What it has forgotten may be anywhere in the queue.
             self.rescan_soon();
         }
