@@ -167,7 +167,8 @@ impl World {
             .simulation_duration(Duration::MAX)
             .min_message_latency(Duration::from_millis(1))
             .max_message_latency(Duration::from_millis(slowest))
-            .tcp_capacity(1_024)
+            // A crowd connects within one tick.
+            .tcp_capacity(4_096)
             .build();
         let shared = Arc::clone(&hub);
         sim.host("store", move || server::serve(Arc::clone(&shared)));
