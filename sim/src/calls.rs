@@ -26,7 +26,7 @@ impl World<'_> {
         };
         let statement = self.statements.len() as u32;
         self.calls.push(Call { worker, request, done: false, arrived: None, reply: None, lane, statement });
-        self.emit(Fact::CallSent { worker, call, lane });
+        self.emit(Fact::CallSent { worker, call, lane, renews: ask.renews() });
         let slot = self.processes[worker as usize].slot;
         let copy = self.net.rarely(self.weather.duplicate) && matches!(lane, Lane::Renew | Lane::Settle);
         let copy = copy.then(|| ask.clone());

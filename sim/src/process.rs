@@ -316,11 +316,9 @@ impl World<'_> {
         if process.machine.ended().is_some() {
             let (slot, asked) = (process.slot, process.draining);
             self.crash(worker, Down::Ended);
-            if !asked {
-                // Nothing was pending. It is started again, as by a timer.
-                self.after(RESTART_AFTER_KILL, Happening::Start(slot as u32));
-            }
-            return;
+            // Its fault may be over already, and was waiting for the drain. Who ended by itself is started as by a timer.
+            let pause = if asked { 0 } else { RESTART_AFTER_KILL };
+            return self.after(pause, Happening::Start(slot as u32));
         }
         process.due = process.machine.next_wakeup();
         self.rearm(worker);

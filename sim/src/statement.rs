@@ -20,6 +20,13 @@ pub enum Ask {
     Owned(OwnedRequest),
 }
 
+impl Ask {
+    /// How many leases it renews.
+    pub(crate) fn renews(&self) -> u32 {
+        if let Self::Renew(renew) = self { renew.keys.len() as u32 } else { 0 }
+    }
+}
+
 /// What a statement answers.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Reply {

@@ -69,7 +69,7 @@ fn line(schedule: &Schedule, fact: &Fact, begun: &mut [bool]) -> Option<(String,
         }
         Fact::WorkerDown { worker: w, how } => (worker(w), format!("is gone: {how:?}")),
         Fact::DrainBegan { worker: w } => (worker(w), "drains".into()),
-        Fact::CallSent { worker: w, call, lane } => (worker(w), format!("sends {lane:?} (call {call})")),
+        Fact::CallSent { worker: w, call, lane, .. } => (worker(w), format!("sends {lane:?} (call {call})")),
         Fact::CallAnswered { worker: w, call, .. } => (worker(w), format!("has the answer to call {call}")),
         Fact::CallFailed { worker: w, call } => (worker(w), format!("gives up call {call}")),
         Fact::Claimed { worker: w, call, event, token, until, reclaimed, .. } => {

@@ -355,13 +355,12 @@ impl<'a> World<'a> {
 
     fn play(&mut self, steps: &mut u64) {
         let limit = self.schedule.converge_by() + 1;
-        while self.violation.is_none()
-            && let Some((time, happening)) = self.next()
-        {
-            if time > limit {
+        while self.violation.is_none() {
+            // Where nothing more happens, the time goes by.
+            let Some((time, happening)) = self.next().filter(|(time, _)| *time <= limit) else {
                 self.now = limit;
                 break;
-            }
+            };
             self.now = time;
             *steps += 1;
             self.happen(happening);

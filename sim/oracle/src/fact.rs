@@ -142,7 +142,7 @@ pub enum Fact {
     /// It was told to drain.
     DrainBegan { worker: u32 },
     /// A store call was sent.
-    CallSent { worker: u32, call: u32, lane: Lane },
+    CallSent { worker: u32, call: u32, lane: Lane, renews: u32 },
     /// A call's reply, which had arrived at `arrived`, was handled by the worker.
     CallAnswered { worker: u32, call: u32, arrived: Micros },
     /// A call failed or was given up.

@@ -38,11 +38,12 @@ impl Oracle {
         let missed = |lane: usize| holder.lanes[lane].double_miss.is_some_and(|at| at >= calls_since);
         let unknown = lease.confirmed == crate::ledger::UNKNOWN;
         excuses.add(Excuse::Unanswered, missed(1) || (unknown && (missed(0) || missed(3))));
+        let stepped_since = if lease.renewals == 0 { lease.asked_at } else { lease.granted_at };
         let event = &self.events[lease.event as usize];
         let locked = event.locked_since.is_some_and(|from| self.now - from > terms.store_timeout)
-            || (event.long_lock.0 >= since && event.long_lock.1 > terms.store_timeout);
+            || event.long_locks.iter().any(|(until, held)| *until >= since && *held > terms.store_timeout);
         excuses.add(Excuse::RowLocked, locked);
-        excuses.add(Excuse::DbStepped, self.db.stepped_since(lease.granted_at.min(began)) > grace);
+        excuses.add(Excuse::DbStepped, self.db.stepped_since(stepped_since.min(began)) > grace);
         excuses.add(Excuse::CommitLost, self.last_loss.is_some_and(|at| at >= lease.claimed_at));
         excuses.add(Excuse::Draining, self.drain_gives_up(lease.worker));
         excuses.add(Excuse::BornDead, lease.born_dead);
@@ -119,8 +120,8 @@ impl Oracle {
         let held = self.now - since;
         let book = &mut self.events[event as usize];
         if held > 1_000 {
-            let recent = self.now - book.long_lock.0 < 2_000_000 && book.long_lock.1 > held;
-            book.long_lock = (self.now, if recent { book.long_lock.1 } else { held });
+            while book.long_locks.pop_if(|(_, other)| *other <= held).is_some() {}
+            book.long_locks.push((self.now, held));
         }
         if book.lease != crate::ledger::NONE {
             let lease = book.lease as usize;

@@ -16,6 +16,8 @@ pub(crate) struct Lease {
     pub(crate) event: u32,
     pub(crate) worker: u32,
     pub(crate) token: i64,
+    /// When its claim was sent: by the clock as it was then it says until when it is valid.
+    pub(crate) asked_at: Micros,
     pub(crate) claimed_at: Micros,
     /// When the claim or the last renewal that was applied had its lock, and read the clock.
     pub(crate) granted_at: Micros,
@@ -70,8 +72,9 @@ pub(crate) struct Event {
     /// Its last settle committed after the client had given it up.
     pub(crate) ended_late: bool,
     pub(crate) locked_since: Option<Micros>,
-    /// When a lock that was held for long was let go, and for how long it had been held.
-    pub(crate) long_lock: (Micros, u64),
+    /// When locks that were held for long were let go, and for how long each had been held: those before which none was
+    /// held for longer.
+    pub(crate) long_locks: Vec<(Micros, u64)>,
     /// When it last became free: committed, settled or restored.
     pub(crate) freed_at: Micros,
     /// When the last transaction ended that had its lock for long, whether it changed the row or not.
@@ -154,8 +157,6 @@ pub(crate) struct Call {
     pub(crate) over: bool,
     /// The leases that it was applied to: an index into the links.
     pub(crate) applied: u32,
-    /// How many of them it renewed.
-    pub(crate) renewed: u32,
 }
 
 /// A lease that a call was applied to, and the next one.

@@ -153,7 +153,7 @@ impl Oracle {
                 self.quiet_since = at;
                 Ok(())
             }
-            Fact::CallSent { worker, call, lane } => self.call_sent(worker, call, lane),
+            Fact::CallSent { worker, call, lane, renews } => self.call_sent(worker, call, lane, renews),
             Fact::CallAnswered { worker, call, arrived } => self.call_answered(worker, call, arrived),
             Fact::CallFailed { worker, call } => self.call_failed(worker, call),
             Fact::Claimed { worker, call, event, token, until, reclaimed, began, locked } => {

@@ -63,7 +63,12 @@ impl Oracle {
             "worker {worker} opened a second request for event {event} under one token"
         );
         let row = &self.events[event as usize];
-        ensure!(self, S9, row.sendable, "worker {worker} sends event {event}, which is larger than allowed");
+        ensure!(
+            self,
+            S9,
+            row.sendable,
+            "worker {worker} sends event {event}, which is too large or does not decode"
+        );
         let current = row.lease == lease && self.last_loss.is_none();
         ensure!(
             self,

@@ -5,6 +5,9 @@ use crate::fact::{Down, Lane, Micros, Status};
 use crate::ledger::{Call, Event, LaneBook, NONE, Worker};
 use crate::{Oracle, Sometimes, Verdict, ensure};
 
+/// How many leases a statement renews at most (rule P5).
+const MOST_RENEWED: u32 = 1_000;
+
 impl Oracle {
     pub(crate) fn worker_up(&mut self, worker: u32, terms: u16, local: i64, ppm: i32) -> Verdict {
         debug_assert_eq!(worker as usize, self.workers.len(), "workers are numbered in order");
@@ -117,11 +120,14 @@ impl Oracle {
         let Some(began) = book.drain_began.filter(|_| book.held > 0) else { return Ok(()) };
         let timeout = self.terms_of(worker).store_timeout;
         let mine = |event: &&Event| event.lease != NONE && self.leases[event.lease as usize].worker == worker;
-        let kept = self.events.iter().filter(mine).any(|event| {
+        let kept = self.events.iter().filter(mine).all(|event| {
             let lease = &self.leases[event.lease as usize];
-            event.locked_since.is_some() || event.unlocked_at >= began || lease.impossible
+            event.locked_since.is_some() || lease.locked_long || lease.impossible
         });
+        // An abort may take half of `M`, and then there must be time for a settle.
+        let in_time = self.terms_of(worker).fence_margin / 2 <= timeout;
         let troubled = self.slow_rows
+            || !in_time
             || kept
             || book.unsure
             || book.stopped_between(began.saturating_sub(timeout), self.now) > 0
@@ -159,11 +165,11 @@ impl Oracle {
         Ok(())
     }
 
-    pub(crate) fn call_sent(&mut self, worker: u32, call: u32, lane: Lane) -> Verdict {
+    pub(crate) fn call_sent(&mut self, worker: u32, call: u32, lane: Lane, renews: u32) -> Verdict {
         debug_assert_eq!(call as usize, self.calls.len(), "calls are numbered in order");
         let book = &mut self.workers[worker as usize];
         let sent_local = book.clock.at(self.now);
-        self.calls.push(Call { lane, sent: self.now, sent_local, over: false, applied: NONE, renewed: 0 });
+        self.calls.push(Call { lane, sent: self.now, sent_local, over: false, applied: NONE });
         if lane == Lane::Claim {
             book.claimed_at = self.now;
         }
@@ -171,6 +177,10 @@ impl Oracle {
         *under_way += 1;
         let under_way = *under_way;
         ensure!(self, S9, under_way == 1, "worker {worker} has {under_way} calls of lane {lane:?} under way");
+        ensure!(self, S9, renews <= MOST_RENEWED, "worker {worker} renews {renews} leases in one statement");
+        if renews == MOST_RENEWED {
+            self.stats.saw(Sometimes::FullRenewal);
+        }
         Ok(())
     }
 

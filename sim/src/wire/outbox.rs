@@ -64,7 +64,10 @@ impl Client {
         let mut call = {
             let mut hub = lock(&self.hub);
             let number = hub.new_call();
-            hub.emit_of(self.worker, Fact::CallSent { worker: self.worker, call: number, lane });
+            hub.emit_of(
+                self.worker,
+                Fact::CallSent { worker: self.worker, call: number, lane, renews: ask.renews() },
+            );
             Call { client: self, number, over: false }
         };
         let pool = usize::from(matches!(lane, Lane::Renew | Lane::RenewAlone));

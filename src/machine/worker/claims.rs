@@ -111,6 +111,8 @@ struct UnderWay {
     /// It says that this worker sleeps.
     asleep: bool,
     limit: u32,
+    /// There was room for more.
+    reduced: bool,
     /// As in the request, in the order of the keys.
     shares: Vec<(DestinationKey, u32)>,
 }
@@ -266,7 +268,9 @@ impl Worker {
         let expired = self.may_search() && self.search_due_at() <= self.now;
         // Searches are too seldom to take less than they may.
         let limit = if expired { self.room() } else { self.room().min(self.claims.reach) };
-        let limit = self.claims.portion.of(limit as usize) as u32;
+        let portion = self.claims.portion.of(limit as usize) as u32;
+        let reduced = portion < limit;
+        let limit = portion;
         if expired && planted!(self, SearchSeldom) {
             self.claims.search_at = self.now.after(timing.lease() * 4);
         } else if expired {
@@ -332,6 +336,7 @@ impl Worker {
             searches_again,
             asleep,
             limit,
+            reduced,
             shares,
         });
         self.actions.push_back(Action::Claim(request, claim));
@@ -434,6 +439,10 @@ impl Worker {
         self.incarnation = Some(reply.incarnation);
         let found = u32::try_from(reply.grants.len() + reply.failed.len()).unwrap_or(u32::MAX);
         self.claims.backlog = found >= under_way.limit;
+        if self.claims.backlog && under_way.reduced && reply.searched_expired {
+            // Orphans that it left would wait for a whole interval each time.
+            self.claims.search_at = self.now;
+        }
         if found > 0 {
             self.claims.awake_until = self.now.after(AWAKE);
         }

@@ -572,8 +572,8 @@ impl Worker {
         self.observe(Observation::StoreCallFailed { call, fault, keys });
     }
 
-    /// Whether a call without an answer took so long that less of it might have had one: however long this process was
-    /// stopped.
+    /// Whether a call without an answer took so long that less of it might have had one. A stop of this process counts, and
+    /// costs no more than a smaller statement.
     fn took_long(&self, sent: Moment) -> bool {
         self.now.since(sent) * 2 >= self.timing().store_timeout()
     }

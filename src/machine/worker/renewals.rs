@@ -91,8 +91,10 @@ impl Worker {
     pub(super) fn start_renewals(&mut self) {
         if self.renewal_due_at().is_some_and(|due| due <= self.now) {
             let run = self.run_due_at().is_some_and(|due| due <= self.now);
-            // Locked rows first: they come seldom, and behind a run of full statements they would wait for its end.
-            let mut keys: Vec<LeaseKey> = self.locked_due().take(STATEMENT_MAX).collect();
+            // Locked rows first, or behind a run of full statements they would wait for its end; and of a run no more than
+            // half, or many of them would keep the others from theirs.
+            let locked = if run { STATEMENT_MAX / 2 } else { STATEMENT_MAX };
+            let mut keys: Vec<LeaseKey> = self.locked_due().take(locked).collect();
             if run {
                 keys.extend(self.ripe().take(STATEMENT_MAX - keys.len()));
             }

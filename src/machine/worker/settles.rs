@@ -122,7 +122,9 @@ impl Worker {
         match reply {
             Ok(reply) => {
                 self.store_answered(sent, reply.db_now);
-                self.settles.failures = 0;
+                if self.settles.halves.is_empty() {
+                    self.settles.failures = 0;
+                }
                 self.settles.portion.answered(keys.len());
                 for (key, answer) in reply.answers {
                     match keys.binary_search(&key) {

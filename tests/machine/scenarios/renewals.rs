@@ -178,6 +178,57 @@ fn a_locked_row_does_not_wait_for_the_end_of_a_run() {
     assert_eq!(statements[..4], first_four, "{statements:?}");
 }
 
+/// Or they would take up every statement.
+#[test]
+fn many_locked_rows_do_not_keep_the_others_from_theirs() {
+    const LOCKED: i64 = 2_500;
+    let limits = Limits {
+        max_in_flight: 1,
+        max_leased: 4_000,
+        claim_batch: 4_000,
+        max_in_flight_per_destination: 4_000,
+        ..limits()
+    };
+    let mut settings =
+        WorkerSettings::parse(timing(30 * SECOND), limits, retry(), 7).expect("sound settings");
+    settings.eager_poll = 100 * MS;
+    let mut bed = Bed::new(settings);
+    for id in 1..=3_500 {
+        bed.add(id, "http://a");
+    }
+    bed.run(SECOND);
+    let start = bed.now;
+    while bed.now.since(start) < 20 * SECOND {
+        bed.now = bed.now.max(bed.worker.next_wakeup().expect("it polls"));
+        bed.wake();
+        while !bed.pending.is_empty() {
+            let action = bed.pending.remove(0);
+            let Action::Renew(_, renew) = &action else {
+                bed.answer(action);
+                continue;
+            };
+            if renew.wait {
+                continue;
+            }
+            bed.now = bed.now.after(50 * MS);
+            let mut reply = bed.apply(action);
+            if let Input::Renewed { reply: Ok(reply), .. } = &mut reply {
+                reply
+                    .answers
+                    .iter_mut()
+                    .filter(|(key, _)| key.row.0 <= LOCKED)
+                    .for_each(|(_, answer)| *answer = Answer::Skipped);
+            }
+            bed.give(reply);
+        }
+    }
+    let now = bed.db().early;
+    for id in LOCKED + 1..=3_500 {
+        let until = bed.row(id).lease.as_ref().expect("still leased").until;
+        assert!(until > now.after(20 * SECOND), "event {id} was renewed not long ago");
+    }
+}
+
 /// Two events open and one queued at one destination, and no renewal answered for a while.
 fn unrenewed_for(duration: Duration) -> (Bed, LeaseKey) {
     let mut bed = Bed::new(settings());
