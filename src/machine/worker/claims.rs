@@ -647,6 +647,6 @@ impl Worker {
             phase: Phase::Outcome(Outcome::Release { due: None, why: HeartbeatEnd::Fenced }),
         };
         self.leases.insert(key, orphan);
-        self.settles.push(key);
+        self.settles.push_orphan(key);
     }
 }

@@ -41,6 +41,11 @@ impl Settles {
         self.ready.push_back(key);
     }
 
+    /// An orphan goes first: nobody renews it, and it must be given back before it runs out.
+    pub(super) fn push_orphan(&mut self, key: LeaseKey) {
+        self.ready.push_front(key);
+    }
+
     /// **P6**: after an outage settles go before claims, if there are any left.
     pub(super) fn failing(&self) -> bool {
         let left = !self.ready.is_empty() || !self.halves.is_empty() || !self.skipped.is_empty();
