@@ -1,5 +1,7 @@
 //! Heartbeats (P5).
 
+use leasehold::machine::{Moment, RenewRequest};
+
 use super::*;
 
 #[test]
@@ -83,6 +85,38 @@ fn a_locked_row_is_renewed_alone_at_once_and_holds_up_nobody() {
     assert_eq!(bed.opened().len(), 2, "both are still held");
 }
 
+/// Lets a worker be until `done`, with answers to batched renewals that take `took` and skip the rows that `skip` picks
+/// for a statement.
+fn renew_skipping<Rows: Fn(i64) -> bool>(
+    bed: &mut Bed,
+    took: Duration,
+    mut done: impl FnMut(&Bed) -> bool,
+    mut skip: impl FnMut(Moment, &RenewRequest) -> Rows,
+) {
+    while !done(bed) {
+        bed.now = bed.now.max(bed.worker.next_wakeup().expect("it polls"));
+        bed.wake();
+        while !bed.pending.is_empty() {
+            let action = bed.pending.remove(0);
+            let Action::Renew(_, renew) = &action else {
+                bed.answer(action);
+                continue;
+            };
+            if renew.wait {
+                continue;
+            }
+            let skipped = skip(bed.now, renew);
+            bed.now = bed.now.after(took);
+            let mut reply = bed.apply(action);
+            if let Input::Renewed { reply: Ok(reply), .. } = &mut reply {
+                let locked = reply.answers.iter_mut().filter(|(key, _)| skipped(key.row.0));
+                locked.for_each(|(_, answer)| *answer = Answer::Skipped);
+            }
+            bed.give(reply);
+        }
+    }
+}
+
 /// The statement that waits may stand behind others whose rows stay locked.
 #[test]
 fn a_locked_row_stays_in_the_batches() {
@@ -91,33 +125,18 @@ fn a_locked_row_stays_in_the_batches() {
     bed.add(2, "http://b");
     bed.run(MS);
     let (start, mut tries) = (bed.now, Vec::new());
-    while bed.now.since(start) < 26 * SECOND {
-        bed.now = bed.now.max(bed.worker.next_wakeup().expect("it polls"));
-        bed.wake();
-        while let Some(action) = (!bed.pending.is_empty()).then(|| bed.pending.remove(0)) {
-            let Action::Renew(_, renew) = &action else {
-                bed.answer(action);
-                continue;
-            };
-            if renew.wait {
-                continue;
-            }
-            let at = bed.now.since(start);
-            let locked = at < 12 * SECOND && renew.keys.iter().any(|key| key.row.0 == 1);
-            tries.extend(locked.then_some((at, renew.keys.len())));
-            let mut reply = bed.apply(action);
-            if let Input::Renewed { reply: Ok(reply), .. } = &mut reply
-                && locked
-            {
-                reply
-                    .answers
-                    .iter_mut()
-                    .filter(|(key, _)| key.row.0 == 1)
-                    .for_each(|(_, answer)| *answer = Answer::Skipped);
-            }
-            bed.give(reply);
-        }
-    }
+    renew_skipping(
+        &mut bed,
+        Duration::ZERO,
+        |bed| bed.now.since(start) >= 26 * SECOND,
+        |now, renew| {
+            let at = now.since(start);
+            let locked = at < 12 * SECOND;
+            let tried = locked && renew.keys.iter().any(|key| key.row.0 == 1);
+            tries.extend(tried.then_some((at, renew.keys.len())));
+            move |row| locked && row == 1
+        },
+    );
     assert_eq!(bed.opened().len(), 2, "both are still held");
     // The first one takes both; the others are no run of their own, and come every 40 ms.
     let (first, rest) = tries.split_first().expect("a batch");
@@ -126,9 +145,8 @@ fn a_locked_row_stays_in_the_batches() {
     assert!(tries.windows(2).all(|pair| pair[1].0 - pair[0].0 == 40 * MS), "{tries:?}");
 }
 
-/// A run of full statements may take long.
-#[test]
-fn a_locked_row_does_not_wait_for_the_end_of_a_run() {
+/// A worker that holds 3,500 leases.
+fn crowd() -> Bed {
     let limits = Limits {
         max_in_flight: 1,
         max_leased: 4_000,
@@ -144,89 +162,47 @@ fn a_locked_row_does_not_wait_for_the_end_of_a_run() {
         bed.add(id, "http://a");
     }
     bed.run(SECOND);
-    let mut statements = Vec::new();
-    while statements.len() < 5 {
-        bed.now = bed.now.max(bed.worker.next_wakeup().expect("it polls"));
-        bed.wake();
-        while !bed.pending.is_empty() {
-            let action = bed.pending.remove(0);
-            let Action::Renew(_, renew) = &action else {
-                bed.answer(action);
-                continue;
-            };
-            if renew.wait {
-                continue;
-            }
-            let locked = statements.is_empty();
+    bed
+}
+
+/// A run of full statements may take long.
+#[test]
+fn a_locked_row_does_not_wait_for_the_end_of_a_run() {
+    let mut bed = crowd();
+    let statements = core::cell::RefCell::new(Vec::new());
+    renew_skipping(
+        &mut bed,
+        50 * MS,
+        |_| statements.borrow().len() >= 5,
+        |_, renew| {
+            let mut statements = statements.borrow_mut();
+            let first = statements.is_empty();
             statements.push((renew.keys.len(), renew.keys.iter().any(|key| key.row.0 == 1)));
-            bed.now = bed.now.after(50 * MS);
-            let mut reply = bed.apply(action);
-            if let Input::Renewed { reply: Ok(reply), .. } = &mut reply
-                && locked
-            {
-                reply
-                    .answers
-                    .iter_mut()
-                    .filter(|(key, _)| key.row.0 == 1)
-                    .for_each(|(_, answer)| *answer = Answer::Skipped);
-            }
-            bed.give(reply);
-        }
-    }
+            move |row| first && row == 1
+        },
+    );
     // 40 ms after it was skipped, with what is left of the run behind it.
     let first_four = [(1_000, true), (1_000, false), (1_000, true), (501, false)];
-    assert_eq!(statements[..4], first_four, "{statements:?}");
+    assert_eq!(statements.borrow()[..4], first_four);
 }
 
 /// Or they would take up every statement.
 #[test]
 fn many_locked_rows_do_not_keep_the_others_from_theirs() {
     const LOCKED: i64 = 2_500;
-    let limits = Limits {
-        max_in_flight: 1,
-        max_leased: 4_000,
-        claim_batch: 4_000,
-        max_in_flight_per_destination: 4_000,
-        ..limits()
-    };
-    let mut settings =
-        WorkerSettings::parse(timing(30 * SECOND), limits, retry(), 7).expect("sound settings");
-    settings.eager_poll = 100 * MS;
-    let mut bed = Bed::new(settings);
-    for id in 1..=3_500 {
-        bed.add(id, "http://a");
-    }
-    bed.run(SECOND);
-    let start = bed.now;
-    while bed.now.since(start) < 20 * SECOND {
-        bed.now = bed.now.max(bed.worker.next_wakeup().expect("it polls"));
-        bed.wake();
-        while !bed.pending.is_empty() {
-            let action = bed.pending.remove(0);
-            let Action::Renew(_, renew) = &action else {
-                bed.answer(action);
-                continue;
-            };
-            if renew.wait {
-                continue;
-            }
-            bed.now = bed.now.after(50 * MS);
-            let mut reply = bed.apply(action);
-            if let Input::Renewed { reply: Ok(reply), .. } = &mut reply {
-                reply
-                    .answers
-                    .iter_mut()
-                    .filter(|(key, _)| key.row.0 <= LOCKED)
-                    .for_each(|(_, answer)| *answer = Answer::Skipped);
-            }
-            bed.give(reply);
-        }
-    }
-    let now = bed.db().early;
-    for id in LOCKED + 1..=3_500 {
-        let until = bed.row(id).lease.as_ref().expect("still leased").until;
-        assert!(until > now.after(20 * SECOND), "event {id} was renewed not long ago");
-    }
+    let mut bed = crowd();
+    let (end, mut renewed) = (bed.now.after(10 * SECOND), std::collections::BTreeSet::new());
+    renew_skipping(
+        &mut bed,
+        50 * MS,
+        |bed| bed.now >= end,
+        |now, renew| {
+            let free = renew.keys.iter().map(|key| key.row.0).filter(|row| *row > LOCKED && now < end);
+            renewed.extend(free);
+            |row| row <= LOCKED
+        },
+    );
+    assert_eq!(renewed.len(), 1_000, "each of the others has its turn in the run");
 }
 
 /// Two events open and one queued at one destination, and no renewal answered for a while.

@@ -19,6 +19,53 @@ fn an_unknown_claim_leaves_no_orphans() {
     assert_eq!(bed.row(1).attempts, 0);
 }
 
+/// Nobody renews it.
+#[test]
+fn an_orphan_is_given_back_before_anything_else_is_settled() {
+    let timeout = settings().timing().store_timeout();
+    let mut bed = Bed::new(settings());
+    for id in 1..=3 {
+        bed.add(id, &format!("http://{id}"));
+    }
+    bed.run(MS);
+    let open = bed.opened();
+    assert_eq!(open.len(), 3);
+    bed.add(4, "http://4");
+    // Its claim has no answer, and a settle that is twice not answered in time leaves room for two at a time.
+    bed.now = bed.now.max(bed.worker.next_wakeup().expect("it polls"));
+    bed.wake();
+    let take = |bed: &mut Bed, wanted: fn(&Action) -> bool| loop {
+        if let Some(at) = bed.pending.iter().position(wanted) {
+            break bed.pending.remove(at);
+        }
+        bed.now = bed.now.max(bed.worker.next_wakeup().expect("it polls"));
+        bed.wake();
+    };
+    let (claims, settles) = (
+        |action: &Action| matches!(action, Action::Claim(..)),
+        |action: &Action| matches!(action, Action::Settle(..)),
+    );
+    let claim = take(&mut bed, claims);
+    let request = Bed::request_of(&claim);
+    bed.apply(claim);
+    bed.respond(open[0], 200);
+    for _ in 0..2 {
+        let settle = take(&mut bed, settles);
+        bed.now = bed.now.after(timeout);
+        bed.give(Input::Settled { request: Bed::request_of(&settle), reply: Err(unknown()) });
+    }
+    let settle = take(&mut bed, settles);
+    bed.respond(open[1], 200);
+    bed.respond(open[2], 200);
+    bed.give(Input::Claimed { request, reply: Err(unknown()) });
+    let look = take(&mut bed, |action| matches!(action, Action::Owned(..)));
+    bed.answer(look);
+    bed.answer(settle);
+    let Action::Settle(_, settle) = take(&mut bed, settles) else { panic!("a settle") };
+    let rows: Vec<i64> = settle.entries.iter().map(|(key, _)| key.row.0).collect();
+    assert_eq!(rows, [2, 4], "the orphan and the first of the others");
+}
+
 #[test]
 fn a_claim_that_commits_late_is_released_as_well() {
     let mut bed = Bed::new(settings());
