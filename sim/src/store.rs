@@ -473,6 +473,16 @@ impl Store {
                 }
             }
         }
+        if statement.rows.len() > grants.len() + failed.len() {
+            // Rows that it locked and left.
+            let taken = |row: u32| {
+                let id = RowId(i64::from(row));
+                grants.iter().any(|grant| grant.key.row == id)
+                    || failed.iter().any(|(failed, _)| *failed == id)
+            };
+            let left = statement.rows.iter().copied().filter(|row| !taken(*row));
+            facts.extend(left.map(|event| Fact::LockDropped { event, since: locked }));
+        }
         let more = grants.len() + failed.len() < request.limit as usize;
         ClaimReply {
             db_now: clock.late,

@@ -89,7 +89,7 @@ fn line(schedule: &Schedule, fact: &Fact, begun: &mut [bool]) -> Option<(String,
         Fact::SettleImpossible { worker: w, event, token } => {
             (db(), format!("refuses for good the settle of {event}#{token} by {}", worker(w)))
         }
-        Fact::LockDropped { event, .. } => (db(), format!("rolls back; {event} is unlocked")),
+        Fact::LockDropped { event, .. } => (db(), format!("leaves {event} as it was and unlocks it")),
         Fact::RequestOpened { worker: w, event, token, number } => {
             (worker(w), format!("opens request {number} for {event}#{token}"))
         }
