@@ -314,6 +314,9 @@ impl Store {
             let suspect = turn == PROBATION;
             self.eligible(row, seen, &terms) && (suspect || !self.rows[row as usize].on_probation())
         });
+        if !terms.valid(self.db(statement.locked)) {
+            picked.clear();
+        }
         self.cut_off(&mut picked);
         let left = statement.candidates.iter().filter(|(turn, _, row)| {
             *turn == FRESH

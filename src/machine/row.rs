@@ -77,14 +77,15 @@ pub struct ClaimTerms {
     pub reclaim_limit: u32,
     /// `RETRY_BUDGET`; 0 is off.
     pub retry_budget: u32,
-    /// A claim that begins later than this takes nothing: nobody waits for it any more (rule P7). `None` is never.
+    /// A claim that begins or has its locks later than this takes nothing: nobody waits for it any more (rule P7). `None`
+    /// is never.
     pub valid_until: Option<DbTime>,
 }
 
 impl ClaimTerms {
-    /// Whether a claim that begins at `early` may take anything.
-    pub fn valid(&self, early: DbTime) -> bool {
-        self.valid_until.is_none_or(|until| early <= until)
+    /// Whether a claim may take anything at that time.
+    pub fn valid(&self, now: DbTime) -> bool {
+        self.valid_until.is_none_or(|until| now <= until)
     }
 }
 
@@ -213,7 +214,7 @@ impl Row {
     /// A claim that fails an event raises the token only if it takes the row from an owner: that owner's late settle
     /// must be refused, whereas a repeat of a settle that landed must still be answered *ended*.
     pub fn claim(&mut self, now: DbClock, owner: &WorkerId, terms: &ClaimTerms) -> ClaimAnswer {
-        if !terms.valid(now.early) || !self.eligible(now.early, terms) {
+        if !terms.valid(now.early.max(now.late)) || !self.eligible(now.early, terms) {
             return ClaimAnswer::NotEligible;
         }
         let reclaimed = self.lease.is_some();

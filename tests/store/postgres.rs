@@ -243,6 +243,32 @@ fn early_compares_and_late_grants() {
 }
 
 #[test]
+fn a_claim_that_has_its_locks_too_late_takes_nothing() {
+    on_postgres(async |bed| {
+        for whole in [false, true] {
+            bed.run("delete from leasehold.outbox_events").await.unwrap();
+            let early = bed.now();
+            let late = early.after(Duration::from_secs(5));
+            let row = bed.due().await;
+            if whole {
+                let suspect = Model { reclaims: 3, ..Model::new(20, early) };
+                bed.insert(A, "{}", &suspect).await;
+            }
+            bed.set_clocks(early, late).await;
+            let mut request = bed.request("w");
+            request.terms.valid_until = Some(late.before(Duration::from_micros(1)));
+            let reply = bed.claim(request.clone()).await.reply;
+            assert!(reply.grants.is_empty(), "{:?}", reply.grants);
+            assert_eq!(reply.db_now, late, "its worker sees that it was void");
+            assert_eq!(reply.front.map(|front| front.row.0), Some(row), "it left what it had locked");
+            request.terms.valid_until = Some(late);
+            assert_eq!(bed.claim(request).await.reply.grants.len(), 1 + usize::from(whole));
+            bed.set_clock(late).await;
+        }
+    });
+}
+
+#[test]
 fn everything_works_without_session_state() {
     on_postgres(async |bed| {
         let store = store(bed, PostgresOptions { prepared_statements: false, ..options() });

@@ -3,7 +3,7 @@
 -- destination, $11 and $12 destinations with leases held and their room, $13 largest payload, $14 payload in all,
 -- $15 and $16 errors of what it fails, $17 and $18 the due time in microseconds and the id ahead of which fresh events
 -- are passed over, $19 the token below which leases are, $20 the time in microseconds after which it is too late to
--- begin: this takes nothing then (rule P7).
+-- begin, or to have its locks: this takes nothing then (rule P7).
 --
 -- Mostly there is nothing to be claimed but the front of the queue. The statement for that is this one without what stands
 -- between `--[` and `--]`, and with the condition in `/* */`: should there be more, it takes nothing and says so, and the
@@ -15,6 +15,7 @@ server as materialized (
         (extract(epoch from pg_postmaster_start_time()) * 1000000)::bigint::text
             || '/' || substr(pg_walfile_name(pg_current_wal_lsn()), 1, 8) as incarnation,
         leasehold.late_now() - pg_postmaster_start_time() as up,
+        coalesce('epoch'::timestamptz + $20 * interval '1 microsecond', 'infinity') as valid_until,
         leasehold.early_now() <= coalesce('epoch'::timestamptz + $20 * interval '1 microsecond', 'infinity') as valid
 ),
 search as materialized (
@@ -249,7 +250,8 @@ granted as materialized (
             when $6 > 0 and reclaims + reclaimed::int > $6 then 'reclaims'
         end as spent
     from sized
-    where (place = 1 or total <= $14) /* and not (select front from beyond) */
+    where (place = 1 or total <= $14)
+        and (select late from clock) <= (select valid_until from server) /* and not (select front from beyond) */
 ),
 claimed as (
     update leasehold.outbox_events as event set

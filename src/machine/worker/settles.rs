@@ -176,8 +176,11 @@ impl Worker {
 
     fn settle_refused_for_good(&mut self, mut keys: Vec<LeaseKey>, error: alloc::string::String) {
         if keys.len() > 1 {
-            let half = keys.split_off(keys.len() / 2);
-            self.settles.halves.push(half);
+            // What is given back is hardly what it refuses, and nobody renews what P7 gives back: it goes first.
+            keys.sort_by_key(|key| !self.gives_back(*key));
+            let given_back = keys.partition_point(|key| self.gives_back(*key));
+            let half = if given_back % keys.len() > 0 { given_back } else { keys.len() / 2 };
+            self.settles.halves.push(keys.split_off(half));
             self.settles.halves.push(keys);
         } else if let Some(key) = keys.pop() {
             let forgotten = self.now.before(self.timing().lease() * 2);
@@ -188,6 +191,10 @@ impl Worker {
             self.observe(Observation::SettleAbandoned { key, error });
             self.drop_lease(key, HeartbeatEnd::Abandoned, None);
         }
+    }
+
+    fn gives_back(&self, key: LeaseKey) -> bool {
+        matches!(self.leases.get(&key), Some(Held { phase: Phase::Outcome(Outcome::Release { .. }), .. }))
     }
 
     fn settle_answered(&mut self, key: LeaseKey, answer: Answer) {

@@ -1,5 +1,7 @@
 //! Claims without an answer (P7).
 
+use leasehold::machine::{DbClock, Row};
+
 use super::*;
 
 #[test]
@@ -194,6 +196,21 @@ fn a_claim_that_begins_as_late_as_it_is_valid_is_not_void() {
         bed.give(Input::Claimed { request, reply: Ok(empty(until.after(beyond), None)) });
         let claims = bed.pending.iter().filter(|action| matches!(action, Action::Claim(..))).count();
         assert_eq!(claims == 1, again, "{beyond:?} beyond");
+    }
+}
+
+/// A store that stands still may begin a claim in time and grant its leases after every look.
+#[test]
+fn a_claim_that_has_its_locks_later_than_it_is_valid_is_void() {
+    let until = DbTime::from_micros(9_000_000);
+    let terms = ClaimTerms { valid_until: Some(until), ..TERMS };
+    let early = until.before(SECOND);
+    for (late, takes) in [(until, true), (until.after(Duration::from_micros(1)), false)] {
+        let mut row = Row::new(3, early);
+        let before = row.clone();
+        let answer = row.claim(DbClock { early, late }, &WorkerId::new("w"), &terms);
+        assert_eq!(matches!(answer, ClaimAnswer::Granted { .. }), takes, "{answer:?}");
+        assert_eq!(row == before, !takes);
     }
 }
 
