@@ -41,8 +41,14 @@ impl Oracle {
         excuses.add(Excuse::Unanswered, missed(1) || (unknown && (missed(0) || missed(3) || self.slow_rows)));
         let stepped_since = if lease.renewals == 0 { lease.asked_at } else { lease.granted_at };
         let event = &self.events[lease.event as usize];
-        let locked = event.locked_since.is_some_and(|from| self.now - from > terms.store_timeout)
-            || event.long_locks.iter().any(|(until, held)| *until >= since && *held > terms.store_timeout);
+        let timeout = terms.store_timeout;
+        let locked_now = event.locked_since.map_or(0, |from| self.now - from);
+        let locked_for = lease.locked_for + locked_now;
+        // A lock and a lost call ask for an `R` each.
+        let both = locked_for > 0 && holder.lanes[1].last_miss.is_some_and(|at| at >= calls_since);
+        let locked = locked_now > timeout
+            || event.long_locks.iter().any(|(until, held)| *until >= since && *held > timeout)
+            || (both && !terms.has_room_for_locks());
         excuses.add(Excuse::RowLocked, locked);
         excuses.add(Excuse::DbStepped, self.db.stepped_since(stepped_since.min(began)) > grace);
         excuses.add(Excuse::CommitLost, self.last_loss.is_some_and(|at| at >= lease.claimed_at));
@@ -56,7 +62,8 @@ impl Oracle {
     pub(crate) fn check_given_back(&mut self, lease: u32) -> Verdict {
         let book = &self.leases[lease as usize];
         let holder = &self.workers[book.worker as usize];
-        let since = book.claimed_at.saturating_sub(self.terms_of(book.worker).lease);
+        let terms = self.terms_of(book.worker);
+        let since = book.claimed_at.saturating_sub(terms.lease);
         let troubled = book.confirmed == crate::ledger::UNKNOWN
             || !self.excuses(book, None).none()
             // A drain gives back what was not started, and in its last 2R the rest (rule P8).
@@ -67,7 +74,10 @@ impl Oracle {
             || holder.last_miss.is_some_and(|at| at >= since)
             || self.db.stepped_since(since) > 0
             || self.last_loss.is_some()
-            || book.locked_long;
+            || book.locked_long
+            // One lock after another, each of nearly `R`, leaves no room for renewals between them.
+            || book.locked_for > terms.store_timeout
+            || (book.locked_for > 0 && !terms.has_room_for_locks());
         if troubled {
             self.stats.unchecked[Invariant::S2 as usize] += 1;
             return Ok(());

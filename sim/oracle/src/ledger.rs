@@ -34,6 +34,9 @@ pub(crate) struct Lease {
     pub(crate) born_dead: bool,
     /// Somebody has kept the row locked for longer than the holder's `R`.
     pub(crate) locked_long: bool,
+    /// For how long outside sessions have kept the row locked, in all, since the last claim or renewal that was confirmed
+    /// before its request ended.
+    pub(crate) locked_for: Micros,
     /// Its token is so far behind the clock when it commits that a search may pass over it.
     pub(crate) behind: bool,
     /// What excused its loss when it was taken.
@@ -87,6 +90,7 @@ pub(crate) struct Event {
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct LaneBook {
     pub(crate) misses: u8,
+    pub(crate) last_miss: Option<Micros>,
     /// When a second call in a row was missed.
     pub(crate) double_miss: Option<Micros>,
     pub(crate) under_way: u32,

@@ -207,6 +207,9 @@ impl Oracle {
             Fact::RowUnlocked { event } => {
                 if let Some(since) = self.events[event as usize].locked_since.take() {
                     self.unlocked(event, since);
+                    if let Some(lease) = self.leases.get_mut(self.events[event as usize].lease as usize) {
+                        lease.locked_for += at - since;
+                    }
                 }
                 self.quiet_since = at;
                 Ok(())

@@ -51,6 +51,11 @@ impl Terms {
         ((base - swing).max(1), (base + swing).min(self.retry_max))
     }
 
+    /// Whether a lock of nearly `R` leaves time for two renewals that are answered as late as that.
+    pub fn has_room_for_locks(&self) -> bool {
+        self.heartbeat + 3 * self.store_timeout + self.fence_margin <= self.lease
+    }
+
     /// How seldom expired leases may be searched for, if a search takes up to `took`: so that searches take a fiftieth of
     /// the time, but no more seldom than every `2G`.
     pub fn search_interval(&self, took: u64) -> u64 {

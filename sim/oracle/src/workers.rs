@@ -199,6 +199,9 @@ impl Oracle {
             let link = self.links[applied as usize];
             let lease = &mut self.leases[link.lease as usize];
             lease.confirmed = lease.confirmed.max(sent_local);
+            if lease.end.is_none() {
+                lease.locked_for = 0;
+            }
             applied = link.next;
         }
         let now = self.now;
@@ -231,6 +234,7 @@ impl Oracle {
         let lane_book = &mut holder.lanes[lane.number()];
         lane_book.under_way = lane_book.under_way.saturating_sub(1);
         lane_book.misses = lane_book.misses.saturating_add(1);
+        lane_book.last_miss = Some(now);
         if lane_book.misses >= 2 {
             lane_book.double_miss = Some(now);
         }

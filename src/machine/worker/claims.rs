@@ -463,6 +463,13 @@ impl Worker {
                 self.claims.search_at = self.now;
             }
         }
+        if reply.searched_expired
+            && !self.claims.backlog
+            && reply.front.is_some_and(|front| front.is_an_event())
+        {
+            // Expired leases that others keep locked may have had the seats of what is due.
+            self.claims.at = self.now;
+        }
         for &(row, why) in &reply.failed {
             self.observe(Observation::FailedByClaim { row, why });
         }

@@ -95,10 +95,14 @@ impl Worker {
             // half, or many of them would keep the others from theirs.
             let locked = if run { STATEMENT_MAX / 2 } else { STATEMENT_MAX };
             let mut keys: Vec<LeaseKey> = self.locked_due().take(locked).collect();
+            let due = keys.len();
             if run {
-                keys.extend(self.ripe().take(STATEMENT_MAX - keys.len()));
+                keys.extend(self.ripe().take(STATEMENT_MAX - due));
             }
             let full = run && keys.len() == STATEMENT_MAX;
+            // Where there is room, what was skipped just now as well: calls may take so long that the next comes too late.
+            let others = self.locked.iter().map(|(_, key)| *key).skip(due);
+            keys.extend(others.take(STATEMENT_MAX - keys.len()));
             if planted!(self, QueueNotRenewed) {
                 keys.retain(|key| {
                     self.leases.get(key).is_some_and(|held| !matches!(held.phase, Phase::Queued { .. }))
@@ -227,7 +231,8 @@ impl Worker {
                 held.heartbeat = Heartbeat::Locked { skipped: self.now };
                 self.heartbeats.remove(&(held.confirmed, key));
                 self.locked.insert((self.now, key));
-                self.renewals.alone_queue.push_back(key);
+                // Ahead of those that stayed locked for as long as one statement waits.
+                self.renewals.alone_queue.push_front(key);
             }
             (Answer::Skipped, Heartbeat::Locked { skipped }) => {
                 held.heartbeat = Heartbeat::Locked { skipped: self.now };

@@ -281,3 +281,35 @@ fn a_claim_that_is_not_answered_in_time_takes_less_the_next_time() {
         bed.give(Input::Claimed { request, reply: Err(StoreFault::NotApplied { error: "too much".into() }) });
     }
 }
+
+/// Expired leases are ranked before they are locked: those that others keep locked have the seats of what is due.
+#[test]
+fn what_a_search_left_is_claimed_at_once_without_one() {
+    for (left, at_once) in [(true, true), (false, false)] {
+        let mut bed = Bed::new(settings());
+        // Asleep: every claim is a search.
+        bed.run(5 * SECOND);
+        let (request, claim) = loop {
+            bed.now = bed.now.max(bed.worker.next_wakeup().expect("it polls"));
+            bed.wake();
+            let claim = bed
+                .pending
+                .iter()
+                .position(|action| matches!(action, Action::Claim(_, claim) if claim.terms.expired));
+            if let Some(Action::Claim(request, claim)) = claim.map(|at| bed.pending.remove(at)) {
+                break (request, claim);
+            }
+            bed.answer_all();
+        };
+        assert!(claim.terms.expired);
+        let due = bed.db().early;
+        let front = if left { Place { due, row: RowId(1) } } else { Place::behind(due) };
+        let reply = ClaimReply { searched_expired: true, front: Some(front), ..empty(due, None) };
+        bed.give(Input::Claimed { request, reply: Ok(reply) });
+        let next = bed.pending.iter().find_map(|action| match action {
+            Action::Claim(_, claim) => Some(claim.terms.expired),
+            _ => None,
+        });
+        assert_eq!(next, at_once.then_some(false), "left: {left}");
+    }
+}

@@ -96,7 +96,7 @@ fn renew_skipping<Rows: Fn(i64) -> bool>(
     while !done(bed) {
         bed.now = bed.now.max(bed.worker.next_wakeup().expect("it polls"));
         bed.wake();
-        while !bed.pending.is_empty() {
+        while !bed.pending.is_empty() && !done(bed) {
             let action = bed.pending.remove(0);
             let Action::Renew(_, renew) = &action else {
                 bed.answer(action);
@@ -143,6 +143,67 @@ fn a_locked_row_stays_in_the_batches() {
     assert_eq!(first.1, 2);
     assert!(rest.iter().all(|(_, keys)| *keys == 1), "{rest:?}");
     assert!(tries.windows(2).all(|pair| pair[1].0 - pair[0].0 == 40 * MS), "{tries:?}");
+}
+
+/// Where calls take long, the statement after that may come too late.
+#[test]
+fn what_was_skipped_just_now_goes_along_with_what_is_due() {
+    let mut bed = Bed::new(settings());
+    bed.add(1, "http://a");
+    bed.run(4 * SECOND);
+    bed.add(2, "http://b");
+    bed.run(SECOND);
+    assert_eq!(bed.opened().len(), 2);
+    let (end, statements) = (bed.now.after(20 * SECOND), core::cell::RefCell::new(Vec::new()));
+    renew_skipping(
+        &mut bed,
+        4_500 * MS,
+        |bed| bed.now >= end || statements.borrow().len() >= 2,
+        |_, renew| {
+            let mut statements = statements.borrow_mut();
+            let first = statements.is_empty();
+            statements.push(renew.keys.iter().map(|key| key.row.0).collect::<Vec<_>>());
+            move |_| first
+        },
+    );
+    assert_eq!(statements.borrow()[..], [vec![1], vec![1, 2]]);
+}
+
+/// What stays locked for longer than one statement waits would keep it from its turn.
+#[test]
+fn a_row_that_was_just_locked_is_waited_for_first() {
+    let mut bed = Bed::new(settings());
+    for (id, destination) in [(1, "http://a"), (2, "http://b")] {
+        bed.add(id, destination);
+    }
+    bed.run(4 * SECOND);
+    bed.add(3, "http://c");
+    bed.run(SECOND);
+    assert_eq!(bed.opened().len(), 3);
+    let mut waited_for = Vec::new();
+    while waited_for.len() < 3 {
+        bed.now = bed.now.max(bed.worker.next_wakeup().expect("it renews"));
+        bed.wake();
+        while let Some(action) = (!bed.pending.is_empty()).then(|| bed.pending.remove(0)) {
+            if let Action::Renew(request, renew) = &action
+                && renew.wait
+            {
+                waited_for.push(renew.keys[0].row.0);
+                // What is not answered for `R`.
+                if waited_for.len() < 3 {
+                    bed.now = bed.now.after(5 * SECOND);
+                    bed.give(Input::Renewed { request: *request, reply: Err(unknown()) });
+                }
+                continue;
+            }
+            let mut reply = bed.apply(action);
+            if let Input::Renewed { reply: Ok(reply), .. } = &mut reply {
+                reply.answers.iter_mut().for_each(|(_, answer)| *answer = Answer::Skipped);
+            }
+            bed.give(reply);
+        }
+    }
+    assert_eq!(waited_for, [2, 3, 1], "the third was skipped while the second was waited for");
 }
 
 /// A worker that holds 3,500 leases.
