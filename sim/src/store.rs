@@ -387,8 +387,8 @@ impl Store {
 
     /// Rolls a statement back: its rows are as they were.
     pub(crate) fn roll_back(&mut self, id: u32, statement: &Statement, facts: &mut Vec<Fact>) -> Vec<u32> {
-        let dropped =
-            statement.rows.iter().map(|row| Fact::LockDropped { event: *row, since: statement.locked });
+        let since = statement.locked;
+        let dropped = statement.rows.iter().map(|row| Fact::LockDropped { event: *row, since, left: false });
         facts.extend(dropped);
         self.unlock(id, &statement.rows)
     }
@@ -484,7 +484,7 @@ impl Store {
                     || failed.iter().any(|(failed, _)| *failed == id)
             };
             let left = statement.rows.iter().copied().filter(|row| !taken(*row));
-            facts.extend(left.map(|event| Fact::LockDropped { event, since: locked }));
+            facts.extend(left.map(|event| Fact::LockDropped { event, since: locked, left: true }));
         }
         let more = grants.len() + failed.len() < request.limit as usize;
         ClaimReply {

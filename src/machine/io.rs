@@ -64,11 +64,6 @@ impl Place {
         Self { due, row: RowId(i64::MIN) }
     }
 
-    /// Whether it is the place of an event.
-    pub fn is_an_event(&self) -> bool {
-        *self != Self::behind(self.due)
-    }
-
     /// Behind everything that is due by then.
     pub const fn behind(due: DbTime) -> Self {
         Self { due, row: RowId(i64::MAX) }

@@ -256,6 +256,8 @@ fn a_claim_that_has_its_locks_too_late_takes_nothing() {
             }
             bed.set_clocks(early, late).await;
             let mut request = bed.request("w");
+            // Without a search it is the statement for the front of the queue alone.
+            request.terms.expired = whole;
             request.terms.valid_until = Some(late.before(Duration::from_micros(1)));
             let reply = bed.claim(request.clone()).await.reply;
             assert!(reply.grants.is_empty(), "{:?}", reply.grants);

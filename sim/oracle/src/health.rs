@@ -3,6 +3,7 @@
 use crate::fact::{Down, Micros};
 use crate::ledger::Lease;
 use crate::violation::{Excuse, Excuses};
+use crate::waits::LONG;
 use crate::{Invariant, Oracle, Sometimes, Verdict, ensure};
 
 /// What ARCHITECTURE.md accepts as a cause for two open requests (rule P12).
@@ -44,11 +45,12 @@ impl Oracle {
         let timeout = terms.store_timeout;
         let locked_now = event.locked_since.map_or(0, |from| self.now - from);
         let locked_for = lease.locked_for + locked_now;
-        // A lock and a lost call ask for an `R` each.
-        let both = locked_for > 0 && holder.lanes[1].last_miss.is_some_and(|at| at >= calls_since);
+        // A lock and a lost call both ask for their time.
+        let missed_one = holder.lanes[1].last_miss.is_some_and(|at| at >= calls_since);
+        let no_room = missed_one && locked_for > 0 && !terms.has_room_for_locks(locked_for);
         let locked = locked_now > timeout
             || event.long_locks.iter().any(|(until, held)| *until >= since && *held > timeout)
-            || (both && !terms.has_room_for_locks());
+            || no_room;
         excuses.add(Excuse::RowLocked, locked);
         excuses.add(Excuse::DbStepped, self.db.stepped_since(stepped_since.min(began)) > grace);
         excuses.add(Excuse::CommitLost, self.last_loss.is_some_and(|at| at >= lease.claimed_at));
@@ -64,6 +66,7 @@ impl Oracle {
         let holder = &self.workers[book.worker as usize];
         let terms = self.terms_of(book.worker);
         let since = book.claimed_at.saturating_sub(terms.lease);
+        let locked = if book.end.is_some() { book.locked_to_end } else { book.locked_for };
         let troubled = book.confirmed == crate::ledger::UNKNOWN
             || !self.excuses(book, None).none()
             // A drain gives back what was not started, and in its last 2R the rest (rule P8).
@@ -75,9 +78,10 @@ impl Oracle {
             || self.db.stepped_since(since) > 0
             || self.last_loss.is_some()
             || book.locked_long
-            // One lock after another, each of nearly `R`, leaves no room for renewals between them.
-            || book.locked_for > terms.store_timeout
-            || (book.locked_for > 0 && !terms.has_room_for_locks());
+            // One lock after another leaves no time for a renewal between them, nor does one where each call takes nearly
+            // `R`.
+            || locked > terms.store_timeout
+            || !terms.has_room_for_locks(locked);
         if troubled {
             self.stats.unchecked[Invariant::S2 as usize] += 1;
             return Ok(());
@@ -130,7 +134,7 @@ impl Oracle {
     pub(crate) fn note_lock(&mut self, event: u32, since: Micros) {
         let held = self.now - since;
         let book = &mut self.events[event as usize];
-        if held > 1_000 {
+        if held > LONG {
             while book.long_locks.pop_if(|(_, other)| *other <= held).is_some() {}
             book.long_locks.push((self.now, held));
         }

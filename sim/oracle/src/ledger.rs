@@ -34,9 +34,10 @@ pub(crate) struct Lease {
     pub(crate) born_dead: bool,
     /// Somebody has kept the row locked for longer than the holder's `R`.
     pub(crate) locked_long: bool,
-    /// For how long outside sessions have kept the row locked, in all, since the last claim or renewal that was confirmed
-    /// before its request ended.
+    /// For how long outside sessions have kept the row locked, in all, since the last confirmed claim or renewal.
     pub(crate) locked_for: Micros,
+    /// The same when its request ended.
+    pub(crate) locked_to_end: Micros,
     /// Its token is so far behind the clock when it commits that a search may pass over it.
     pub(crate) behind: bool,
     /// What excused its loss when it was taken.

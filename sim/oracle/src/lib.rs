@@ -26,6 +26,7 @@ pub use terms::Terms;
 pub use violation::{Checks, Excuse, Excuses, Invariant, Violation};
 
 use ledger::{Call, Event, Lease, Link, NONE, Return, Worker};
+use waits::LONG;
 
 /// Fails with a violation unless a condition holds or its invariant is not checked.
 macro_rules! ensure {
@@ -158,7 +159,7 @@ impl Oracle {
             Fact::CallFailed { worker, call } => self.call_failed(worker, call),
             Fact::Claimed { worker, call, event, token, until, reclaimed, began, locked } => {
                 self.claimed(store::Claim { worker, call, event, began, locked }, token, until, reclaimed)?;
-                self.lock_over(event, locked);
+                self.lock_over(event, locked, LONG);
                 Ok(())
             }
             Fact::ClaimFailed { worker, call, event, why, began, locked } => {
@@ -184,8 +185,11 @@ impl Oracle {
                 }
                 Ok(())
             }
-            Fact::LockDropped { event, since } => {
-                self.unlocked(event, since);
+            Fact::LockDropped { event, since, left } => {
+                // Claims that lock and leave what is due, one after the other, are no excuse for not taking it.
+                let least = if left { self.longest_poll() } else { LONG };
+                let since = self.lock_over(event, since, least);
+                self.note_lock(event, since);
                 Ok(())
             }
             Fact::StartAllowed { worker, event, token } => self.start_allowed(worker, event, token),

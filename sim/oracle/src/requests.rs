@@ -131,9 +131,11 @@ impl Oracle {
                 self.stats.saw(Sometimes::OutlastedLease);
             }
         }
+        let locked_now = self.events[event as usize].locked_since.map_or(0, |since| self.now - since);
         let book = &mut self.leases[lease as usize];
         book.open = false;
         book.end = Some(end);
+        book.locked_to_end = book.locked_for + locked_now;
         if let End::Status(200..=299, _) = end {
             let row = &mut self.events[event as usize];
             row.successes += 1;

@@ -51,9 +51,9 @@ impl Terms {
         ((base - swing).max(1), (base + swing).min(self.retry_max))
     }
 
-    /// Whether a lock of nearly `R` leaves time for two renewals that are answered as late as that.
-    pub fn has_room_for_locks(&self) -> bool {
-        self.heartbeat + 3 * self.store_timeout + self.fence_margin <= self.lease
+    /// Whether locks of that time in all leave enough for two renewals that are answered after `R`.
+    pub fn has_room_for_locks(&self, locked: u64) -> bool {
+        self.heartbeat + 2 * self.store_timeout + self.fence_margin + locked <= self.lease
     }
 
     /// How seldom expired leases may be searched for, if a search takes up to `took`: so that searches take a fiftieth of

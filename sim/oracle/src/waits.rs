@@ -8,6 +8,9 @@ use crate::{Invariant, Oracle, Sometimes, Verdict, ensure};
 /// What claims and searches find that start where the last one ended.
 pub(crate) const LATE: i64 = 1_000_000;
 
+/// What has a row's lock for longer than that is more than a statement in passing.
+pub(crate) const LONG: Micros = 1_000;
+
 /// How far back a claim starts at least that starts ahead of the front.
 const LEAST_BACK: i64 = 64_000_000;
 
@@ -74,10 +77,7 @@ impl Oracle {
         };
         self.stats.checked[Invariant::L3 as usize] += 1;
         let overdue = u64::try_from(self.db.at(self.now) - event.due).unwrap_or(0);
-        // The next poll itself, looks that unknown claims ask for and that go first, and claims that came too late to
-        // begin (rule P7): with calls that take most of `R` each there were two of these, and five looks.
-        let poll =
-            self.terms.iter().map(|terms| terms.poll_interval + 8 * terms.store_timeout).max().unwrap_or(0);
+        let poll = self.longest_poll();
         let late = self.db.at(event.freed_at).max(self.db_highest) - event.due > LATE;
         let bound = (self.now - overdue.min(self.now)).max(event.freed_at).max(event.unlocked_at).max(ready)
             + poll
@@ -96,6 +96,13 @@ impl Oracle {
         Ok(())
     }
 
+    /// How long what is due may wait: for the next poll itself, looks that unknown claims ask for and that go first, and
+    /// claims that came too late to begin (rule P7). With calls that take most of `R` each there were two of these, and
+    /// five looks.
+    pub(crate) fn longest_poll(&self) -> Micros {
+        self.terms.iter().map(|terms| terms.poll_interval + 8 * terms.store_timeout).max().unwrap_or(0)
+    }
+
     /// How long what is ahead of the front by that much waits. Where claims that start ahead of it took too long, they
     /// start a minute back, and each that takes little doubles that; the first is measured by claims from before.
     fn rescan(&self, age: DbMicros) -> Micros {
@@ -106,17 +113,17 @@ impl Oracle {
 
     /// Somebody's transaction is over, and it kept the row from its holder too.
     pub(crate) fn unlocked(&mut self, event: u32, locked: Micros) {
-        let since = self.lock_over(event, locked);
+        let since = self.lock_over(event, locked, LONG);
         self.note_lock(event, since);
     }
 
-    /// Somebody's transaction is over. Where they had the row's lock for long, one or several that waited for each other,
-    /// no claim could have taken it until now. Answers since when they had it.
-    pub(crate) fn lock_over(&mut self, event: u32, locked: Micros) -> Micros {
+    /// Somebody's transaction is over. Where they had the row's lock for longer than `least`, one or several that waited
+    /// for each other, no claim could have taken it until now. Answers since when they had it.
+    pub(crate) fn lock_over(&mut self, event: u32, locked: Micros, least: Micros) -> Micros {
         let event = &mut self.events[event as usize];
         let since = if locked <= event.locked.1 { event.locked.0 } else { locked };
         event.locked = (since, self.now);
-        if self.now - since > 1_000 {
+        if self.now - since > least {
             event.unlocked_at = self.now;
         }
         since

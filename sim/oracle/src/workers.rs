@@ -199,9 +199,7 @@ impl Oracle {
             let link = self.links[applied as usize];
             let lease = &mut self.leases[link.lease as usize];
             lease.confirmed = lease.confirmed.max(sent_local);
-            if lease.end.is_none() {
-                lease.locked_for = 0;
-            }
+            lease.locked_for = 0;
             applied = link.next;
         }
         let now = self.now;
@@ -212,6 +210,7 @@ impl Oracle {
             lane_book.misses = 0;
         } else {
             lane_book.misses = lane_book.misses.saturating_add(1);
+            lane_book.last_miss = Some(now);
             if lane_book.misses >= 2 {
                 lane_book.double_miss = Some(now);
             }

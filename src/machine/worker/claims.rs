@@ -104,7 +104,7 @@ struct UnderWay {
     rescans: bool,
     /// It searches for expired leases from ahead of the front of the leases.
     searches_again: bool,
-    /// It takes nothing if it begins later than that.
+    /// It takes nothing if it begins or has its locks later than that.
     valid_until: Option<DbTime>,
     /// It searches for expired leases.
     searches: bool,
@@ -115,6 +115,13 @@ struct UnderWay {
     reduced: bool,
     /// As in the request, in the order of the keys.
     shares: Vec<(DestinationKey, u32)>,
+}
+
+impl UnderWay {
+    /// Whether it took nothing, since it was too late.
+    fn is_void(&self, db_now: DbTime) -> bool {
+        self.valid_until.is_some_and(|until| until < db_now)
+    }
 }
 
 /// When to claim, and whether expired leases may be among it.
@@ -143,6 +150,8 @@ pub(super) struct Claims {
     embargo_until: Moment,
     /// A search was made since the last embargo began (rule P10).
     searched: bool,
+    /// The next claim takes nothing that is ranked before it is locked.
+    unranked: bool,
     owned: Option<(RequestId, Moment)>,
     /// When to look for what unknown claims left: several times for each, since a commit may come late.
     owned_at: BTreeSet<Moment>,
@@ -168,6 +177,7 @@ impl Claims {
             search_at: now,
             embargo_until: Moment::default(),
             searched: true,
+            unranked: false,
             owned: None,
             owned_at: BTreeSet::new(),
             look_failures: 0,
@@ -265,7 +275,8 @@ impl Worker {
         }
         let limits = *self.settings.limits();
         let timing = *self.timing();
-        let expired = self.may_search() && self.search_due_at() <= self.now;
+        let unranked = core::mem::take(&mut self.claims.unranked);
+        let expired = !unranked && self.may_search() && self.search_due_at() <= self.now;
         // Searches are too seldom to take less than they may.
         let limit = if expired { self.room() } else { self.room().min(self.claims.reach) };
         let portion = self.claims.portion.of(limit as usize) as u32;
@@ -318,7 +329,11 @@ impl Worker {
             },
             limit,
             incarnation: self.incarnation.clone(),
-            probation: if planted!(self, ProbationTogether) { limit } else { u32::from(self.probation == 0) },
+            probation: if planted!(self, ProbationTogether) {
+                limit
+            } else {
+                u32::from(self.probation == 0 && !unranked)
+            },
             share,
             shares: shares.clone(),
             from,
@@ -342,13 +357,16 @@ impl Worker {
         self.actions.push_back(Action::Claim(request, claim));
     }
 
-    pub(super) fn claimed(&mut self, request: RequestId, reply: Result<ClaimReply, StoreFault>) {
+    pub(super) fn claimed(&mut self, request: RequestId, mut reply: Result<ClaimReply, StoreFault>) {
         let Some(under_way) = self.claims.under_way.take_if(|way| way.request == request) else {
             return self
                 .observe(Observation::Unexpected { what: "a reply to a claim that is not under way" });
         };
         self.claims.at = self.now.after(self.poll_interval());
         self.claims.backlog = false;
+        if let Ok(reply) = &mut reply {
+            reply.searched_expired &= !under_way.is_void(reply.db_now);
+        }
         let timeout = self.timing().store_timeout();
         // However long this process was stopped.
         let took = self.now.since(under_way.sent).min(timeout);
@@ -456,18 +474,17 @@ impl Worker {
         {
             self.claims.at = self.claims.at.min(self.now.after(due));
         }
-        if under_way.valid_until.is_some_and(|until| until < reply.db_now) {
-            // The database's clock was set forward by more than `G`: it was void, and now the clock is known.
+        if under_way.is_void(reply.db_now) {
+            // The database's clock was set forward by more than `G`, and now it is known.
             self.claims.at = self.now;
             if under_way.searches {
                 self.claims.search_at = self.now;
             }
         }
-        if reply.searched_expired
-            && !self.claims.backlog
-            && reply.front.is_some_and(|front| front.is_an_event())
-        {
+        let left = reply.front.is_some_and(|front| front != Place::behind(front.due));
+        if reply.searched_expired && !self.claims.backlog && left {
             // Expired leases that others keep locked may have had the seats of what is due.
+            self.claims.unranked = true;
             self.claims.at = self.now;
         }
         for &(row, why) in &reply.failed {

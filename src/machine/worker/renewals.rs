@@ -231,8 +231,7 @@ impl Worker {
                 held.heartbeat = Heartbeat::Locked { skipped: self.now };
                 self.heartbeats.remove(&(held.confirmed, key));
                 self.locked.insert((self.now, key));
-                // Ahead of those that stayed locked for as long as one statement waits.
-                self.renewals.alone_queue.push_front(key);
+                self.renewals.alone_queue.push_back(key);
             }
             (Answer::Skipped, Heartbeat::Locked { skipped }) => {
                 held.heartbeat = Heartbeat::Locked { skipped: self.now };

@@ -22,6 +22,9 @@ struct UnderWay {
 /// Outcomes on their way into the store: one batch at a time holds all that gathered while the last was under way.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
 pub(super) struct Settles {
+    /// What P7 gives back goes first, and by itself: nobody renews it, and a batch that is refused for good or not answered
+    /// would keep it.
+    orphans: VecDeque<LeaseKey>,
     ready: VecDeque<LeaseKey>,
     /// Batches to be repeated: halves of one that the store refused for good, until the one bad outcome is alone, or what
     /// had no answer.
@@ -41,14 +44,17 @@ impl Settles {
         self.ready.push_back(key);
     }
 
-    /// An orphan goes first: nobody renews it, and it must be given back before it runs out.
     pub(super) fn push_orphan(&mut self, key: LeaseKey) {
-        self.ready.push_front(key);
+        self.orphans.push_back(key);
+    }
+
+    fn waiting(&self) -> bool {
+        !self.orphans.is_empty() || !self.ready.is_empty() || !self.halves.is_empty()
     }
 
     /// **P6**: after an outage settles go before claims, if there are any left.
     pub(super) fn failing(&self) -> bool {
-        let left = !self.ready.is_empty() || !self.halves.is_empty() || !self.skipped.is_empty();
+        let left = self.waiting() || !self.skipped.is_empty();
         self.failures > 0 && (left || self.under_way.is_some())
     }
 
@@ -57,7 +63,8 @@ impl Settles {
     }
 
     pub(super) fn knows(&self, key: LeaseKey) -> bool {
-        self.ready.contains(&key)
+        self.orphans.contains(&key)
+            || self.ready.contains(&key)
             || self.halves.iter().flatten().any(|other| *other == key)
             || self.skipped.iter().any(|(_, other)| *other == key)
             || self.under_way.as_ref().is_some_and(|way| way.keys.contains(&key))
@@ -69,11 +76,7 @@ impl Worker {
         if self.settles.under_way.is_some() {
             return None;
         }
-        let due = if !self.settles.ready.is_empty() || !self.settles.halves.is_empty() {
-            self.now
-        } else {
-            self.settles.skipped.first()?.0
-        };
+        let due = if self.settles.waiting() { self.now } else { self.settles.skipped.first()?.0 };
         Some(due.max(self.settles.retry_at))
     }
 
@@ -85,13 +88,21 @@ impl Worker {
             && due <= self.now
         {
             self.settles.skipped.pop_first();
-            self.settles.ready.push_back(key);
+            if self.leases.get(&key).is_some_and(Held::is_orphan) {
+                self.settles.orphans.push_back(key);
+            } else {
+                self.settles.ready.push_back(key);
+            }
         }
         let most = self.settles.portion.of(STATEMENT_MAX);
-        let mut keys = self.settles.halves.pop().unwrap_or_else(|| {
-            let batch = self.settles.ready.len().min(most);
-            self.settles.ready.drain(..batch).collect()
-        });
+        let first = |queue: &mut VecDeque<LeaseKey>| -> Vec<LeaseKey> {
+            let batch = queue.len().min(most);
+            queue.drain(..batch).collect()
+        };
+        let mut keys = first(&mut self.settles.orphans);
+        if keys.is_empty() {
+            keys = self.settles.halves.pop().unwrap_or_else(|| first(&mut self.settles.ready));
+        }
         if keys.len() > most {
             self.settles.halves.push(keys.split_off(most));
         }
@@ -176,11 +187,8 @@ impl Worker {
 
     fn settle_refused_for_good(&mut self, mut keys: Vec<LeaseKey>, error: alloc::string::String) {
         if keys.len() > 1 {
-            // What is given back is hardly what it refuses, and nobody renews what P7 gives back: it goes first.
-            keys.sort_by_key(|key| !self.gives_back(*key));
-            let given_back = keys.partition_point(|key| self.gives_back(*key));
-            let half = if given_back % keys.len() > 0 { given_back } else { keys.len() / 2 };
-            self.settles.halves.push(keys.split_off(half));
+            let half = keys.split_off(keys.len() / 2);
+            self.settles.halves.push(half);
             self.settles.halves.push(keys);
         } else if let Some(key) = keys.pop() {
             let forgotten = self.now.before(self.timing().lease() * 2);
@@ -191,10 +199,6 @@ impl Worker {
             self.observe(Observation::SettleAbandoned { key, error });
             self.drop_lease(key, HeartbeatEnd::Abandoned, None);
         }
-    }
-
-    fn gives_back(&self, key: LeaseKey) -> bool {
-        matches!(self.leases.get(&key), Some(Held { phase: Phase::Outcome(Outcome::Release { .. }), .. }))
     }
 
     fn settle_answered(&mut self, key: LeaseKey, answer: Answer) {
@@ -227,5 +231,12 @@ impl Worker {
                 self.settles.skipped.insert((again, key));
             }
         }
+    }
+}
+
+impl Held {
+    /// What an unknown claim left (rule P7).
+    fn is_orphan(&self) -> bool {
+        self.cycle.is_none()
     }
 }

@@ -285,7 +285,7 @@ fn a_claim_that_is_not_answered_in_time_takes_less_the_next_time() {
 /// Expired leases are ranked before they are locked: those that others keep locked have the seats of what is due.
 #[test]
 fn what_a_search_left_is_claimed_at_once_without_one() {
-    for (left, at_once) in [(true, true), (false, false)] {
+    for (left, took) in [(true, MS), (true, 3 * SECOND), (false, MS)] {
         let mut bed = Bed::new(settings());
         // Asleep: every claim is a search.
         bed.run(5 * SECOND);
@@ -301,15 +301,16 @@ fn what_a_search_left_is_claimed_at_once_without_one() {
             }
             bed.answer_all();
         };
-        assert!(claim.terms.expired);
+        assert_eq!((claim.terms.expired, claim.probation), (true, 1));
+        bed.now = bed.now.after(took);
         let due = bed.db().early;
         let front = if left { Place { due, row: RowId(1) } } else { Place::behind(due) };
         let reply = ClaimReply { searched_expired: true, front: Some(front), ..empty(due, None) };
         bed.give(Input::Claimed { request, reply: Ok(reply) });
         let next = bed.pending.iter().find_map(|action| match action {
-            Action::Claim(_, claim) => Some(claim.terms.expired),
+            Action::Claim(_, claim) => Some((claim.terms.expired, claim.probation)),
             _ => None,
         });
-        assert_eq!(next, at_once.then_some(false), "left: {left}");
+        assert_eq!(next, left.then_some((false, 0)), "left: {left}, after {took:?}");
     }
 }

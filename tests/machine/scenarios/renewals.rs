@@ -169,43 +169,6 @@ fn what_was_skipped_just_now_goes_along_with_what_is_due() {
     assert_eq!(statements.borrow()[..], [vec![1], vec![1, 2]]);
 }
 
-/// What stays locked for longer than one statement waits would keep it from its turn.
-#[test]
-fn a_row_that_was_just_locked_is_waited_for_first() {
-    let mut bed = Bed::new(settings());
-    for (id, destination) in [(1, "http://a"), (2, "http://b")] {
-        bed.add(id, destination);
-    }
-    bed.run(4 * SECOND);
-    bed.add(3, "http://c");
-    bed.run(SECOND);
-    assert_eq!(bed.opened().len(), 3);
-    let mut waited_for = Vec::new();
-    while waited_for.len() < 3 {
-        bed.now = bed.now.max(bed.worker.next_wakeup().expect("it renews"));
-        bed.wake();
-        while let Some(action) = (!bed.pending.is_empty()).then(|| bed.pending.remove(0)) {
-            if let Action::Renew(request, renew) = &action
-                && renew.wait
-            {
-                waited_for.push(renew.keys[0].row.0);
-                // What is not answered for `R`.
-                if waited_for.len() < 3 {
-                    bed.now = bed.now.after(5 * SECOND);
-                    bed.give(Input::Renewed { request: *request, reply: Err(unknown()) });
-                }
-                continue;
-            }
-            let mut reply = bed.apply(action);
-            if let Input::Renewed { reply: Ok(reply), .. } = &mut reply {
-                reply.answers.iter_mut().for_each(|(_, answer)| *answer = Answer::Skipped);
-            }
-            bed.give(reply);
-        }
-    }
-    assert_eq!(waited_for, [2, 3, 1], "the third was skipped while the second was waited for");
-}
-
 /// A worker that holds 3,500 leases.
 fn crowd() -> Bed {
     let limits = Limits {

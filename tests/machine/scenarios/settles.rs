@@ -157,34 +157,6 @@ fn one_bad_outcome_is_isolated_and_given_up() {
     assert_eq!(bed.worker.leased(), 0);
 }
 
-/// Nobody renews what is given back for an unknown claim.
-#[test]
-fn what_is_given_back_does_not_wait_until_a_bad_outcome_is_alone() {
-    let mut bed = Bed::new(settings());
-    for id in 1..=4 {
-        bed.add(id, if id % 2 == 0 { "http://a" } else { "http://b" });
-    }
-    bed.run(MS);
-    let open = bed.opened();
-    assert_eq!(open.len(), 4);
-    bed.respond(open[0], 200);
-    let first = bed.pending.remove(0);
-    bed.respond(open[1], 200);
-    bed.respond(open[2], 200);
-    // The last one's request was not started before its fence came.
-    bed.give(Input::Aborted { key: open[3] });
-    bed.answer(first);
-    let mut settled = Vec::new();
-    for _ in 0..2 {
-        let settle = bed.pending.iter().position(|action| matches!(action, Action::Settle(..)));
-        let settle = bed.pending.remove(settle.expect("a settle"));
-        let Action::Settle(request, settle) = settle else { panic!("a settle") };
-        settled.push(settle.entries.iter().map(|(key, _)| *key).collect::<Vec<_>>());
-        bed.give(Input::Settled { request, reply: Err(StoreFault::Permanent { error: "22003".into() }) });
-    }
-    assert_eq!(settled, [vec![open[1], open[2], open[3]], vec![open[3]]]);
-}
-
 #[test]
 fn the_delay_is_fixed_when_the_outcome_is_known() {
     let (mut bed, key) = one_open();

@@ -21,21 +21,17 @@ fn an_unknown_claim_leaves_no_orphans() {
     assert_eq!(bed.row(1).attempts, 0);
 }
 
-/// Nobody renews it.
+/// Nobody renews it, and a batch that is refused for good would keep it for as long as it is halved.
 #[test]
-fn an_orphan_is_given_back_before_anything_else_is_settled() {
-    let timeout = settings().timing().store_timeout();
+fn an_orphan_is_given_back_before_anything_else_is_settled_and_by_itself() {
     let mut bed = Bed::new(settings());
-    for id in 1..=3 {
+    for id in 1..=4 {
         bed.add(id, &format!("http://{id}"));
     }
     bed.run(MS);
     let open = bed.opened();
-    assert_eq!(open.len(), 3);
-    bed.add(4, "http://4");
-    // Its claim has no answer, and a settle that is twice not answered in time leaves room for two at a time.
-    bed.now = bed.now.max(bed.worker.next_wakeup().expect("it polls"));
-    bed.wake();
+    assert_eq!(open.len(), 4);
+    bed.add(5, "http://5");
     let take = |bed: &mut Bed, wanted: fn(&Action) -> bool| loop {
         if let Some(at) = bed.pending.iter().position(wanted) {
             break bed.pending.remove(at);
@@ -51,21 +47,44 @@ fn an_orphan_is_given_back_before_anything_else_is_settled() {
     let request = Bed::request_of(&claim);
     bed.apply(claim);
     bed.respond(open[0], 200);
-    for _ in 0..2 {
-        let settle = take(&mut bed, settles);
-        bed.now = bed.now.after(timeout);
-        bed.give(Input::Settled { request: Bed::request_of(&settle), reply: Err(unknown()) });
-    }
-    let settle = take(&mut bed, settles);
-    bed.respond(open[1], 200);
-    bed.respond(open[2], 200);
+    let first = take(&mut bed, settles);
+    open[1..].iter().for_each(|key| {
+        bed.respond(*key, 200);
+    });
+    bed.answer(first);
+    let batch = take(&mut bed, settles);
     bed.give(Input::Claimed { request, reply: Err(unknown()) });
     let look = take(&mut bed, |action| matches!(action, Action::Owned(..)));
     bed.answer(look);
-    bed.answer(settle);
+    bed.give(Input::Settled {
+        request: Bed::request_of(&batch),
+        reply: Err(StoreFault::Permanent { error: "22003".into() }),
+    });
+    let mut settled = Vec::new();
+    for skipped in [true, false] {
+        let action = take(&mut bed, settles);
+        let Action::Settle(_, settle) = &action else { panic!("a settle") };
+        settled.push(settle.entries.iter().map(|(key, _)| key.row.0).collect::<Vec<_>>());
+        let mut reply = bed.apply(action);
+        if skipped && let Input::Settled { reply: Ok(reply), .. } = &mut reply {
+            reply.answers.iter_mut().for_each(|(_, answer)| *answer = Answer::Skipped);
+        }
+        bed.give(reply);
+    }
+    assert_eq!(settled, [vec![5], vec![2]], "the orphan, and then the first half");
+    let second_half = take(&mut bed, settles);
+    bed.add(6, "http://6");
+    while !bed.opened().iter().any(|key| key.row.0 == 6) {
+        let claim = take(&mut bed, claims);
+        bed.answer(claim);
+    }
+    let newest = bed.opened().into_iter().find(|key| key.row.0 == 6).expect("it is open");
+    bed.respond(newest, 200);
+    bed.now = bed.now.after(SECOND);
+    bed.answer(second_half);
     let Action::Settle(_, settle) = take(&mut bed, settles) else { panic!("a settle") };
     let rows: Vec<i64> = settle.entries.iter().map(|(key, _)| key.row.0).collect();
-    assert_eq!(rows, [2, 4], "the orphan and the first of the others");
+    assert_eq!(rows, [5], "nor is it one of others when it was locked");
 }
 
 #[test]
@@ -205,8 +224,10 @@ fn a_claim_that_has_its_locks_later_than_it_is_valid_is_void() {
     let until = DbTime::from_micros(9_000_000);
     let terms = ClaimTerms { valid_until: Some(until), ..TERMS };
     let early = until.before(SECOND);
-    for (late, takes) in [(until, true), (until.after(Duration::from_micros(1)), false)] {
-        let mut row = Row::new(3, early);
+    let beyond = until.after(Duration::from_micros(1));
+    // The last by a clock that is set back meanwhile.
+    for (early, late, takes) in [(early, until, true), (early, beyond, false), (beyond, until, false)] {
+        let mut row = Row::new(3, DbTime::default());
         let before = row.clone();
         let answer = row.claim(DbClock { early, late }, &WorkerId::new("w"), &terms);
         assert_eq!(matches!(answer, ClaimAnswer::Granted { .. }), takes, "{answer:?}");
