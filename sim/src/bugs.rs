@@ -92,7 +92,7 @@ bugs! {
     AcceptedIsSuccess, Place::Driver, S7, 1000, "a connection reset counts as 200";
     HeartbeatOnce, Place::Machine(Planted::HeartbeatOnce), S2, 2000, "a lease is renewed once and never again";
     HeartbeatLate, Place::Machine(Planted::HeartbeatLate), S2, 2000, "a lease is renewed when it is L old";
-    HeartbeatForgottenOnFailure, Place::Machine(Planted::HeartbeatForgottenOnFailure), S2, 2000, "what a failed renewal was about is not renewed again";
+    HeartbeatForgottenOnFailure, Place::Machine(Planted::HeartbeatForgottenOnFailure), S3, 500, "what a failed renewal was about is neither renewed again nor fenced";
     QueueNotRenewed, Place::Machine(Planted::QueueNotRenewed), S2, 2000, "leases that wait in the queue are not renewed";
     OutcomeNotRenewed, Place::Machine(Planted::OutcomeNotRenewed), S2, 5000, "leases with an outcome are not renewed";
     AloneNever, Place::Machine(Planted::AloneNever), S2, 5000, "a row that was skipped is not renewed any more";

@@ -29,7 +29,7 @@ fn no_seed_breaks_an_invariant() {
 
 #[test]
 fn schedules_that_once_failed_hold() {
-    let text = include_str!("../corpus/wire/the-fence-comes-while-connecting.json");
+    let text = include_str!("../corpus/wire/a-start-past-the-fence.json");
     let Case { bug, schedule, .. } = serde_json::from_str(text).expect("a case");
     let violation = run(&schedule, OPTIONS()).violation;
     assert!(violation.is_none(), "{violation:?}");

@@ -45,8 +45,11 @@ impl Oracle {
         let timeout = terms.store_timeout;
         let locked_now = event.locked_since.map_or(0, |from| self.now - from);
         let locked_for = lease.locked_for + locked_now;
-        // A lock and a lost call both ask for their time.
-        let missed_one = holder.lanes[1].last_miss.is_some_and(|at| at >= calls_since);
+        // A lock and a lost call beside it both ask for their time.
+        let (from, to) = event.locked_since.map_or(lease.last_lock, |from| (from, self.now));
+        let beside = from.saturating_sub(timeout)..=to + terms.heartbeat + timeout;
+        let missed_one =
+            holder.lanes[1].last_miss.is_some_and(|at| at >= calls_since && beside.contains(&at));
         let no_room = missed_one && locked_for > 0 && !terms.has_room_for_locks(locked_for);
         let locked = locked_now > timeout
             || event.long_locks.iter().any(|(until, held)| *until >= since && *held > timeout)

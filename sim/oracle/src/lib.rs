@@ -213,6 +213,7 @@ impl Oracle {
                     self.unlocked(event, since);
                     if let Some(lease) = self.leases.get_mut(self.events[event as usize].lease as usize) {
                         lease.locked_for += at - since;
+                        lease.last_lock = (since, at);
                     }
                 }
                 self.quiet_since = at;

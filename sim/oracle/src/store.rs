@@ -276,6 +276,7 @@ impl Oracle {
             lost: Excuses::default(),
             locked_long: false,
             locked_for: 0,
+            last_lock: (0, 0),
             locked_to_end: 0,
             born_dead: until <= self.db.at(self.now)
                 || self.calls[call as usize].over
