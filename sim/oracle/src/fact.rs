@@ -184,8 +184,8 @@ pub enum Fact {
     },
     /// The store refused a settle for good.
     SettleImpossible { worker: u32, event: u32, token: i64 },
-    /// A transaction that had this row locked since then is over and left it as it was: it was rolled back, or a claim
-    /// left it.
+    /// A transaction that had this row locked since then is over and left it as it was: it was rolled back, or it
+    /// was a claim that `left` it.
     LockDropped { event: u32, since: Micros, left: bool },
     /// A driver compared its clock with a lease's fence and lets a request start.
     StartAllowed { worker: u32, event: u32, token: i64 },

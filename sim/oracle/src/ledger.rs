@@ -36,10 +36,10 @@ pub(crate) struct Lease {
     pub(crate) locked_long: bool,
     /// For how long outside sessions have kept the row locked, in all, since the last confirmed claim or renewal.
     pub(crate) locked_for: Micros,
-    /// The last of these locks.
-    pub(crate) last_lock: (Micros, Micros),
-    /// The same when its request ended.
+    /// `locked_for` when its request ended.
     pub(crate) locked_to_end: Micros,
+    /// From when to when the last of these locks was held.
+    pub(crate) last_lock: (Micros, Micros),
     /// Its token is so far behind the clock when it commits that a search may pass over it.
     pub(crate) behind: bool,
     /// What excused its loss when it was taken.
