@@ -15,8 +15,9 @@ server as materialized (
         (extract(epoch from pg_postmaster_start_time()) * 1000000)::bigint::text
             || '/' || substr(pg_walfile_name(pg_current_wal_lsn()), 1, 8) as incarnation,
         leasehold.late_now() - pg_postmaster_start_time() as up,
-        coalesce('epoch'::timestamptz + $20 * interval '1 microsecond', 'infinity') as valid_until,
-        leasehold.early_now() <= coalesce('epoch'::timestamptz + $20 * interval '1 microsecond', 'infinity') as valid
+        valid_until,
+        leasehold.early_now() <= valid_until as valid
+    from (select coalesce('epoch'::timestamptz + $20 * interval '1 microsecond', 'infinity') as valid_until) as term
 ),
 search as materialized (
     select $4 and incarnation = $5 and up >= $2 * interval '1 microsecond' and valid as expired,
