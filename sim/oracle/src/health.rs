@@ -38,8 +38,7 @@ impl Oracle {
         // A renewal that waits for a row alone has no answer for as long as somebody keeps that row: no excuse for others.
         let missed = |lane: usize| holder.lanes[lane].double_miss.is_some_and(|at| at >= calls_since);
         let unknown = lease.confirmed == crate::ledger::UNKNOWN;
-        // Where each row takes its time, the settle under way may keep what an unknown claim left from its own.
-        excuses.add(Excuse::Unanswered, missed(1) || (unknown && (missed(0) || missed(3) || self.slow_rows)));
+        excuses.add(Excuse::Unanswered, missed(1) || (unknown && (missed(0) || missed(3))));
         let stepped_since = if lease.renewals == 0 { lease.asked_at } else { lease.granted_at };
         let event = &self.events[lease.event as usize];
         let timeout = terms.store_timeout;
