@@ -386,7 +386,7 @@ fn add_faults(schedule: &mut Schedule, rng: &mut Rng, faults: &mut Vec<Timed>) {
         Profile::Crowd => {
             crowd(schedule);
             if rng.percent(50) {
-                let row = schedule.settings[0].store_timeout / rng.within(20, 400);
+                let row = shortest_timeout(schedule) / rng.within(20, 400);
                 faults.push(Timed { at: 0, lasts: u64::MAX, fault: Fault::Weight(row) });
             }
             for class in [C::LockRow, C::LockRow, C::LockRow, C::LostReply, C::Delay, C::Crash, C::Drain] {
@@ -544,11 +544,15 @@ fn short_locks(schedule: &mut Schedule, rng: &mut Rng, faults: &mut Vec<Timed>) 
     }
 }
 
+/// `R` of the least patient worker: where one row took longer, it would never have an answer.
+fn shortest_timeout(schedule: &Schedule) -> u64 {
+    schedule.settings.iter().map(|settings| settings.store_timeout).min().unwrap_or(S)
+}
+
 /// The store takes its time for each row, so that a few of them are all that it answers within `R`.
 fn slow_rows(schedule: &mut Schedule, rng: &mut Rng, faults: &mut Vec<Timed>) {
     schedule.slots.truncate(rng.within(1, 2) as usize);
-    let timeout = schedule.settings.iter().map(|settings| settings.store_timeout).min().unwrap_or(S);
-    let row = timeout / rng.within(3, 12);
+    let row = shortest_timeout(schedule) / rng.within(3, 12);
     faults.push(Timed { at: 0, lasts: u64::MAX, fault: Fault::Weight(row) });
     // What comes together ends together.
     let at = rng.pick(&schedule.events).at;

@@ -10,11 +10,12 @@ use crate::{Invariant, Oracle, Sometimes, Verdict, ensure};
 pub(crate) const OVERLAP: &[Excuse] =
     &[Excuse::Stopped, Excuse::ClockWrong, Excuse::DbStepped, Excuse::CommitLost, Excuse::Impossible];
 
-/// Whoever takes a lease that ran out: its `G`, and when its statement began.
+/// Whoever takes a lease that ran out: its `G`, when its statement began, and when that had the row's lock.
 #[derive(Clone, Copy)]
 pub(crate) struct Taker {
     pub(crate) grace: u64,
     pub(crate) began: Micros,
+    pub(crate) locked: Micros,
 }
 
 impl Oracle {
@@ -26,14 +27,16 @@ impl Oracle {
         let holder = &self.workers[lease.worker as usize];
         let terms = self.terms_of(lease.worker);
         let (reach, margin) = (terms.lease + terms.reclaim_grace, terms.fence_margin);
-        let Taker { grace, began } = taker.unwrap_or(Taker { grace: terms.reclaim_grace, began: self.now });
+        let (grace, now) = (terms.reclaim_grace, self.now);
+        let Taker { grace, began, locked } = taker.unwrap_or(Taker { grace, began: now, locked: now });
+        // From the taker's lock on the holder can do nothing more, however late that commits.
         let since =
-            lease.granted_at.max(self.now.saturating_sub(reach + terms.heartbeat + 2 * terms.store_timeout));
+            lease.granted_at.max(locked.saturating_sub(reach + terms.heartbeat + 2 * terms.store_timeout));
         let calls_since = since.saturating_sub(terms.store_timeout);
         let mut excuses = Excuses::default();
         excuses.add(Excuse::Crashed, matches!(holder.down, Some(Down::Crash | Down::Poison(_))));
         excuses.add(Excuse::Ended, holder.down == Some(Down::Ended));
-        excuses.add(Excuse::Stopped, holder.stopped_between(since, self.now) > margin);
+        excuses.add(Excuse::Stopped, holder.stopped_between(since, locked) > margin);
         excuses.add(Excuse::ClockWrong, self.clock_error(lease.worker, since) > margin);
         // A renewal that waits for a row alone has no answer for as long as somebody keeps that row: no excuse for others.
         let missed = |lane: usize| holder.lanes[lane].double_miss.is_some_and(|at| at >= calls_since);
@@ -50,10 +53,10 @@ impl Oracle {
         let missed_one =
             holder.lanes[1].last_miss.is_some_and(|at| at >= calls_since && beside.contains(&at));
         let no_room = missed_one && locked_for > 0 && !terms.has_room_for_locks(locked_for);
-        let locked = locked_now > timeout
+        let row_locked = locked_now > timeout
             || event.long_locks.iter().any(|(until, held)| *until >= since && *held > timeout)
             || no_room;
-        excuses.add(Excuse::RowLocked, locked);
+        excuses.add(Excuse::RowLocked, row_locked);
         excuses.add(Excuse::DbStepped, self.db.stepped_since(stepped_since.min(began)) > grace);
         excuses.add(Excuse::CommitLost, self.last_loss.is_some_and(|at| at >= lease.claimed_at));
         excuses.add(Excuse::Draining, self.drain_gives_up(lease.worker));

@@ -28,6 +28,8 @@ pub(crate) struct Lease {
     pub(crate) opened: bool,
     pub(crate) opened_at: Micros,
     pub(crate) end: Option<End>,
+    /// How the holder's request under the same number ended, of a claim that is lost.
+    pub(crate) end_before: Option<End>,
     /// The holder's clock when it learnt the end.
     pub(crate) known: i64,
     pub(crate) impossible: bool,

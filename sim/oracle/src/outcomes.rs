@@ -11,9 +11,9 @@ impl Oracle {
         let row = &self.events[event as usize];
         let terms = *self.terms_of(worker);
         let (tries, limit) = (row.attempts + 1, terms.tries(row.max_attempts));
-        let Some(end) = book.end else {
+        let release = matches!(settle, Settle::Release(_));
+        let Some(end) = book.end.or(book.end_before.filter(|_| !book.open && !release)) else {
             ensure!(self, S6, !book.open, "event {event} was settled as {settle:?} with its request open");
-            let release = matches!(settle, Settle::Release(_));
             ensure!(self, S6, release, "event {event} was settled as {settle:?} without a try");
             return Ok(());
         };

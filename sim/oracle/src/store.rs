@@ -151,7 +151,7 @@ impl Oracle {
         if self.leases[lease as usize].open {
             self.stats.saw(Sometimes::ReclaimWhileOpen);
         }
-        let excuses = self.lease_over(lease, Some(Taker { grace, began }));
+        let excuses = self.lease_over(lease, Some(Taker { grace, began, locked }));
         self.leases[lease as usize].lost = excuses;
         let holder = self.leases[lease as usize].worker;
         ensure!(
@@ -248,10 +248,13 @@ impl Oracle {
         if book.reclaims >= PROBATION {
             self.stats.saw(Sometimes::Probation);
         }
-        // A lost number that comes again to the same worker is one lease to it: its request goes on under this one.
+        // A lost number that comes again to the same worker is one lease to it: its request goes on under this one, and its
+        // outcome may still be settled.
         let (mut open, mut opened_at, mut confirmed) = (false, 0, UNKNOWN);
+        let (mut end_before, mut known) = (None, UNKNOWN);
         if let Some(same) = self.find(event, worker, token) {
             let same = &mut self.leases[same as usize];
+            (end_before, known) = (same.end.or(same.end_before), same.known);
             if std::mem::take(&mut same.open) {
                 (open, opened_at, confirmed) = (true, same.opened_at, same.confirmed);
             }
@@ -271,7 +274,8 @@ impl Oracle {
             opened: open,
             opened_at,
             end: None,
-            known: UNKNOWN,
+            end_before,
+            known,
             impossible: false,
             lost: Excuses::default(),
             locked_long: false,

@@ -566,6 +566,8 @@ impl Worker {
 
     fn store_failed(&mut self, call: StoreCall, sent: Moment, fault: StoreFault, keys: Vec<LeaseKey>) {
         if !matches!(fault, StoreFault::Permanent { .. }) {
+            // Whatever kept this call from its answer, a store that has answered one sent later was not down.
+            let sent = self.db.map_or(sent, |last| sent.max(last.sent));
             let first_sent = self.outage.map_or(sent, |outage| outage.first_sent.min(sent));
             self.outage = Some(Outage { first_sent, last_failed: self.now });
         }

@@ -32,6 +32,46 @@ fn expired_leases_wait_one_lease_after_an_outage() {
     assert!(waited >= 30 * SECOND && waited < 31 * SECOND, "waited {waited:?}");
 }
 
+/// A renewal that waits for a row which somebody keeps locked goes without an answer for as long, beside others.
+#[test]
+fn a_call_without_an_answer_beside_one_with_an_answer_is_no_outage() {
+    let raw = RawTiming {
+        lease: 30 * SECOND,
+        heartbeat: Some(2 * SECOND),
+        store_timeout: Some(5 * SECOND),
+        fence_margin: None,
+        reclaim_grace: None,
+    };
+    let timing = Timing::parse(raw).expect("sound");
+    let embargo = |others: bool| {
+        let mut bed = Bed::new(WorkerSettings::parse(timing, limits(), retry(), 7).expect("sound settings"));
+        bed.add(1, "http://a");
+        bed.run(SECOND);
+        let claim = loop {
+            bed.now = bed.now.max(bed.worker.next_wakeup().expect("it polls"));
+            bed.wake();
+            let claim = bed.pending.iter().position(|action| matches!(action, Action::Claim(..)));
+            if let Some(claim) = claim.map(|at| bed.pending.remove(at)) {
+                break claim;
+            }
+            bed.answer_all();
+        };
+        let given_up = bed.now.after(5 * SECOND);
+        while bed.now < given_up {
+            bed.now = given_up.min(bed.worker.next_wakeup().expect("it renews").max(bed.now));
+            bed.wake();
+            if others {
+                bed.answer_all();
+            }
+        }
+        bed.give(Input::Claimed { request: Bed::request_of(&claim), reply: Err(unknown()) });
+        bed.answer_all();
+        bed.seen.contains(&Observation::Embargo(EmbargoCause::Outage))
+    };
+    assert!(!embargo(true), "its renewals were answered");
+    assert!(embargo(false), "nothing was");
+}
+
 #[test]
 fn a_new_incarnation_starts_an_embargo_but_fresh_events_go_on() {
     let mut bed = Bed::new(settings());
