@@ -121,6 +121,7 @@ bugs! {
     RescanNear, Place::Machine(Planted::RescanNear), L1, 5000, "once a scan took long, none starts more than a minute ahead of the front";
     EmbargoAlways, Place::Machine(Planted::EmbargoAlways), L2, 5000, "an embargo lasts 12 L and is begun again at every failure";
     EmbargoNever, Place::Machine(Planted::EmbargoNever), S2, 5000, "a new incarnation begins no embargo";
+    OutageForgotten, Place::Machine(Planted::OutageForgotten), S2, 5000, "an outage changes nothing for searches";
     LeasesUnlimited, Place::Machine(Planted::LeasesUnlimited), S9, 500, "a worker asks for more leases than it may hold";
     RequestsUnlimited, Place::Machine(Planted::RequestsUnlimited), S9, 500, "a worker opens more requests than it may";
     DestinationUnlimited, Place::Machine(Planted::DestinationUnlimited), S9, 500, "a worker opens more requests to a destination than it may";

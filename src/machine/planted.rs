@@ -42,6 +42,7 @@ planted! {
     RescanNear,
     EmbargoAlways,
     EmbargoNever,
+    OutageForgotten,
     LeasesUnlimited,
     RequestsUnlimited,
     DestinationUnlimited,

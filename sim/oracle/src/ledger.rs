@@ -1,6 +1,7 @@
 //! The oracle's own books.
 
 use crate::clock::LocalClock;
+use crate::embargo::Outage;
 use crate::fact::{DbMicros, Down, End, Lane, Micros, Status};
 use crate::violation::Excuses;
 
@@ -119,6 +120,7 @@ pub(crate) struct Worker {
     /// When a call first and last went unanswered.
     pub(crate) first_miss: Option<Micros>,
     pub(crate) last_miss: Option<Micros>,
+    pub(crate) outage: Outage,
     pub(crate) drain_began: Option<Micros>,
     pub(crate) open: u32,
     pub(crate) open_by_destination: Vec<u32>,
@@ -147,16 +149,6 @@ impl Worker {
     }
 }
 
-/// The database is back.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Return {
-    pub(crate) at: Micros,
-    /// Since when it had been down.
-    pub(crate) down_at: Micros,
-    /// Another server, which has been up for long.
-    pub(crate) standby: bool,
-}
-
 /// One store call.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Call {
@@ -164,6 +156,8 @@ pub(crate) struct Call {
     pub(crate) sent: Micros,
     pub(crate) sent_local: i64,
     pub(crate) over: bool,
+    /// Its worker's calls had failed for `H` or more when it was sent.
+    pub(crate) cut_off: bool,
     /// The leases that it was applied to: an index into the links.
     pub(crate) applied: u32,
 }

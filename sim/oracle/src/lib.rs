@@ -7,6 +7,7 @@
 #![deny(clippy::disallowed_methods, clippy::disallowed_types)]
 
 mod clock;
+mod embargo;
 mod fact;
 mod health;
 mod ledger;
@@ -25,7 +26,8 @@ pub use stats::{Change, RowState, Sometimes, Stats, reachable};
 pub use terms::Terms;
 pub use violation::{Checks, Excuse, Excuses, Invariant, Violation};
 
-use ledger::{Call, Event, Lease, Link, NONE, Return, Worker};
+use embargo::Return;
+use ledger::{Call, Event, Lease, Link, NONE, Worker};
 use waits::LONG;
 
 /// Fails with a violation unless a condition holds or its invariant is not checked.
@@ -182,6 +184,7 @@ impl Oracle {
                 if let Some(lease) = self.find(event, worker, token) {
                     self.leases[lease as usize].impossible = true;
                     self.workers[worker as usize].unsure = true;
+                    self.call_refused(worker);
                 }
                 Ok(())
             }

@@ -39,6 +39,8 @@ named! {
         CrashBeforeSettle = "a crash between answer and settle",
         /// A worker crashed with a request open.
         CrashWhileOpen = "a crash with a request open",
+        /// A worker's calls failed for `H` or more and then one had an answer.
+        OutageOver = "a worker's outage was over",
         /// A call committed after its client had given it up.
         LateCommit = "a late commit",
         /// A retried call met what its earlier try had committed.

@@ -109,7 +109,7 @@ impl Oracle {
 
     /// Everything that must hold before a claim may take a row, or fail it. Ends the lease that ran out.
     fn claimable(&mut self, claim: Claim, attempted: bool) -> Result<bool, crate::Violation> {
-        let Claim { worker, event, began, locked, .. } = claim;
+        let Claim { worker, call, event, began, locked } = claim;
         let early = self.db.at(began);
         let grace = self.terms_of(worker).reclaim_grace;
         let book = &self.events[event as usize];
@@ -144,8 +144,8 @@ impl Oracle {
         ensure!(
             self,
             S2,
-            !self.under_embargo(worker, began),
-            "worker {worker} took event {event} from its holder within L of the database's return"
+            !self.under_embargo(worker, call, began),
+            "worker {worker} took event {event} from its holder in an outage, or within L of its end"
         );
         self.check_orphan(claim)?;
         if self.leases[lease as usize].open {
@@ -171,19 +171,6 @@ impl Oracle {
         book.reclaims += 1;
         book.other_run_outs += u32::from(!by_poison);
         Ok(true)
-    }
-
-    /// **P10**: whoever lived through an outage of the database gets to renew or settle first. A worker begins no embargo
-    /// while one lasts, so that of those that knew the database before only their first is judged; who is new asks a
-    /// server that was started again how long it has been up, and of a standby knows nothing.
-    fn under_embargo(&self, worker: u32, began: Micros) -> bool {
-        let Some(last) = self.returns.last() else { return false };
-        let (book, terms) = (&self.workers[worker as usize], self.terms_of(worker));
-        let first = self.returns.len() == 1
-            && book.met_store.is_some_and(|met| met < last.down_at)
-            && book.first_miss.is_none_or(|at| at + terms.store_timeout >= last.down_at);
-        let embargo = if last.standby && !first { 0 } else { terms.lease };
-        began + self.clock_error(worker, last.at) < last.at + embargo
     }
 
     fn unlease(&mut self, event: u32) {

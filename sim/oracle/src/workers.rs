@@ -1,6 +1,7 @@
 //! Workers and their calls: the conditions of **S2**, **S9**'s single renewal, **L4**.
 
 use crate::clock::LocalClock;
+use crate::embargo::Outage;
 use crate::fact::{Down, Lane, Micros, Status};
 use crate::ledger::{Call, Event, LaneBook, NONE, Worker};
 use crate::{Oracle, Sometimes, Verdict, ensure};
@@ -24,6 +25,7 @@ impl Oracle {
             lanes: [LaneBook::default(); 4],
             first_miss: None,
             last_miss: None,
+            outage: Outage::default(),
             drain_began: None,
             open: 0,
             open_by_destination: Vec::new(),
@@ -167,9 +169,10 @@ impl Oracle {
 
     pub(crate) fn call_sent(&mut self, worker: u32, call: u32, lane: Lane, renews: u32) -> Verdict {
         debug_assert_eq!(call as usize, self.calls.len(), "calls are numbered in order");
+        let cut_off = self.is_cut_off(worker);
         let book = &mut self.workers[worker as usize];
         let sent_local = book.clock.at(self.now);
-        self.calls.push(Call { lane, sent: self.now, sent_local, over: false, applied: NONE });
+        self.calls.push(Call { lane, sent: self.now, sent_local, over: false, cut_off, applied: NONE });
         if lane == Lane::Claim {
             book.claimed_at = self.now;
         }
@@ -202,6 +205,7 @@ impl Oracle {
             lease.locked_for = 0;
             applied = link.next;
         }
+        self.call_met(worker, sent);
         let now = self.now;
         let holder = &mut self.workers[worker as usize];
         let lane_book = &mut holder.lanes[lane.number()];
@@ -229,6 +233,7 @@ impl Oracle {
         if lane == Lane::Claim {
             self.longest_claim = self.longest_claim.max(now - sent);
         }
+        self.call_missed(worker, sent);
         let holder = &mut self.workers[worker as usize];
         let lane_book = &mut holder.lanes[lane.number()];
         lane_book.under_way = lane_book.under_way.saturating_sub(1);

@@ -223,8 +223,10 @@ impl Worker {
         if planted!(self, PollSeldom) { interval * 40 } else { interval }
     }
 
+    /// **P10**: not by the very claim that finds the store back, however long it was away.
     fn may_search(&self) -> bool {
-        self.incarnation.is_some() && !planted!(self, SearchNever)
+        let away = self.outage.is_some() && !planted!(self, OutageForgotten);
+        self.incarnation.is_some() && !away && !planted!(self, SearchNever)
     }
 
     fn search_due_at(&self) -> Moment {

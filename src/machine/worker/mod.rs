@@ -558,7 +558,8 @@ impl Worker {
         self.db = Some(DbReading { sent, received: self.now, db });
         if let Some(outage) = self.outage.take() {
             self.observe(Observation::StoreRecovered { after: self.now.since(outage.first_sent) });
-            if outage.last_failed.since(outage.first_sent) >= self.timing().heartbeat() {
+            let lasted = outage.last_failed.since(outage.first_sent);
+            if lasted >= self.timing().heartbeat() && !planted!(self, OutageForgotten) {
                 self.embargo(super::io::EmbargoCause::Outage);
             }
         }
