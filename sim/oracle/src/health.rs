@@ -58,7 +58,7 @@ impl Oracle {
             || no_room;
         excuses.add(Excuse::RowLocked, row_locked);
         excuses.add(Excuse::DbStepped, self.db.stepped_since(stepped_since.min(began)) > grace);
-        excuses.add(Excuse::CommitLost, self.last_loss.is_some_and(|at| at >= lease.claimed_at));
+        excuses.add(Excuse::CommitLost, event.restored_at.is_some_and(|at| at >= lease.claimed_at));
         excuses.add(Excuse::Draining, self.drain_gives_up(lease.worker));
         excuses.add(Excuse::BornDead, lease.born_dead);
         excuses.add(Excuse::Impossible, lease.impossible);
@@ -81,7 +81,7 @@ impl Oracle {
             || holder.worst_ppm > 0
             || holder.last_miss.is_some_and(|at| at >= since)
             || self.db.stepped_since(since) > 0
-            || self.last_loss.is_some()
+            || self.events[book.event as usize].restored_at.is_some()
             || book.locked_long
             // One lock after another leaves no time for a renewal between them, nor does one where each call takes nearly
             // `R`.

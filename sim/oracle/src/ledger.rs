@@ -80,6 +80,9 @@ pub(crate) struct Event {
     pub(crate) owners: u32,
     /// Its last settle committed after the client had given it up.
     pub(crate) ended_late: bool,
+    /// When commits of it were last lost.
+    pub(crate) restored_at: Option<Micros>,
+    /// Since when an outside session has kept its row locked.
     pub(crate) locked_since: Option<Micros>,
     /// When locks that were held for long were let go, and for how long each had been held: those before which none was
     /// held for longer.

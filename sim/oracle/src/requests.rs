@@ -69,7 +69,7 @@ impl Oracle {
             row.sendable,
             "worker {worker} sends event {event}, which is too large or does not decode"
         );
-        let current = row.lease == lease && self.last_loss.is_none();
+        let current = row.lease == lease && row.restored_at.is_none();
         ensure!(
             self,
             S6,

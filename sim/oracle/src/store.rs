@@ -62,6 +62,7 @@ impl Oracle {
             other_run_outs: 0,
             owners: 0,
             ended_late: false,
+            restored_at: None,
             locked_since: None,
             long_locks: Vec::new(),
             freed_at: self.now,
@@ -563,8 +564,10 @@ impl Oracle {
         }
         self.unlease(event);
         self.move_to(event, status);
+        let now = self.now;
         let book = &mut self.events[event as usize];
         (book.attempts, book.due, book.reclaims) = (attempts, due, reclaims);
+        book.restored_at = Some(now);
         if let Some((worker, token)) = owner
             && let Some(lease) = self.find(event, worker, token)
         {

@@ -46,7 +46,7 @@ impl Oracle {
         let longest =
             self.terms.iter().map(|terms| terms.search_interval(self.longest_claim)).max().unwrap_or(0);
         let lease = &self.leases[event.lease as usize];
-        let behind = lease.behind || self.last_loss.is_some();
+        let behind = lease.behind || event.restored_at.is_some();
         let age = self.db_highest.max(self.db.at(self.now)) - lease.token.saturating_mul(1_000);
         let bound = ran_out.max(event.unlocked_at).max(ready + terms.lease)
             + longest

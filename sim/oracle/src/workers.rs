@@ -124,7 +124,10 @@ impl Oracle {
         let mine = |event: &&Event| event.lease != NONE && self.leases[event.lease as usize].worker == worker;
         let kept = self.events.iter().filter(mine).all(|event| {
             let lease = &self.leases[event.lease as usize];
-            event.locked_since.is_some() || lease.locked_long || lease.impossible
+            event.locked_since.is_some()
+                || event.restored_at.is_some()
+                || lease.locked_long
+                || lease.impossible
         });
         // An abort may take half of `M`, and then there must be time for a settle.
         let in_time = self.terms_of(worker).fence_margin / 2 <= timeout;
@@ -134,8 +137,7 @@ impl Oracle {
             || book.unsure
             || book.stopped_between(began.saturating_sub(timeout), self.now) > 0
             || self.clock_error(worker, 0) > 0
-            || book.last_miss.is_some_and(|at| at + timeout >= began)
-            || self.last_loss.is_some();
+            || book.last_miss.is_some_and(|at| at + timeout >= began);
         ensure!(self, L4, troubled, "worker {worker} leaves {} leases after a drain", book.held);
         Ok(())
     }
