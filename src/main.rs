@@ -4,7 +4,8 @@
 use std::process::ExitCode;
 use std::time::Duration;
 
-use leasehold::cli::{EXIT_FAILED, Invocation, commands};
+use leasehold::cli::commands::{self, complain};
+use leasehold::cli::{EXIT_FAILED, Invocation};
 
 /// How long the end waits for what is still under way. Sockets are closed well within it; the resolver of a dead name
 /// server, which nothing can interrupt, may take much longer and is not waited for.
@@ -18,7 +19,7 @@ fn main() -> ExitCode {
     let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
         Ok(runtime) => runtime,
         Err(error) => {
-            eprintln!("leasehold: no async runtime: {error}");
+            complain(format_args!("leasehold: no async runtime: {error}"));
             return EXIT_FAILED.into();
         }
     };
@@ -29,7 +30,7 @@ fn main() -> ExitCode {
     match done {
         Ok(code) => code,
         Err(error) => {
-            eprintln!("leasehold: {error:#}");
+            complain(format_args!("leasehold: {error:#}"));
             EXIT_FAILED.into()
         }
     }

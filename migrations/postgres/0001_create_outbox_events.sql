@@ -8,6 +8,22 @@ create function leasehold.early_now() returns timestamptz
 create function leasehold.late_now() returns timestamptz
     language sql volatile parallel safe as 'select clock_timestamp()';
 
+-- Which server this is, and which of its runs (rule P10): a standby that took over is on another timeline. Where the
+-- server is somebody else's that shows nothing of its WAL, as Amazon's Aurora, its start alone must tell.
+create function leasehold.incarnation() returns text language plpgsql stable as $$
+declare
+    started constant text := (extract(epoch from pg_postmaster_start_time()) * 1000000)::bigint::text;
+begin
+    return started || '/' || substr(pg_walfile_name(pg_current_wal_lsn()), 1, 8);
+exception when object_not_in_prerequisite_state or insufficient_privilege or feature_not_supported then
+    -- A standby has no WAL of its own, and can't be claimed from.
+    if pg_is_in_recovery() then
+        raise;
+    end if;
+    return started;
+end
+$$;
+
 -- A UUID of version 7 (RFC 9562): new ids are neighbours in their index. An event gets an entry there at its insert, its
 -- claim and its settle, and with random ids each of them is on another page of an index as large as the table is old.
 create function leasehold.new_event_id() returns text

@@ -130,6 +130,13 @@ pub enum StoreError {
         /// What the database says, without the row.
         error: String,
     },
+    /// A payload is larger than is ever sent, as the database keeps it.
+    Oversized {
+        /// Its event's place among those that were to be written, from 0.
+        place: usize,
+        /// Its size, in bytes.
+        bytes: u64,
+    },
     /// Anything else: what was being done, and what the database says, without row contents.
     Database {
         /// What was being done.
@@ -146,6 +153,9 @@ impl std::fmt::Display for StoreError {
                 write!(f, "the outbox is not set up ({missing}): run `leasehold migrate` on this database")
             }
             Self::Duplicate { error } => write!(f, "an event with that id is in the outbox already: {error}"),
+            Self::Oversized { bytes, .. } => {
+                write!(f, "payload has {bytes} bytes as the database keeps it; allowed is max_payload")
+            }
             Self::Database { doing, error } => write!(f, "{doing}: {error}"),
         }
     }

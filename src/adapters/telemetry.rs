@@ -4,6 +4,7 @@
 //! cycle; debug, each event.
 
 use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
 
 use tracing::{debug, error, info, warn};
 
@@ -13,13 +14,36 @@ use crate::machine::{HeartbeatEnd, LeaseKey, Observation, SettleKind, StoreCall,
 /// How many event ids a line about a whole statement names.
 const IDS_IN_A_LINE: usize = 10;
 
+/// How often it is said that the same still fails.
+const AGAIN: Duration = Duration::from_secs(600);
+
+/// Calls of one kind that failed since the store last answered.
+#[derive(Debug, Default)]
+struct Failures {
+    number: u64,
+    /// When it was last said aloud.
+    said: Option<Instant>,
+}
+
+impl Failures {
+    /// Another one: how many there are now, and whether it is to be said aloud.
+    fn another(&mut self, now: Instant) -> (u64, bool) {
+        self.number += 1;
+        let aloud = self.said.is_none_or(|said| now.duration_since(said) >= AGAIN);
+        if aloud {
+            self.said = Some(now);
+        }
+        (self.number, aloud)
+    }
+}
+
 /// Writes observations to the log.
 #[derive(Debug)]
 pub struct Telemetry {
     worker: WorkerId,
-    /// Calls that failed since the store last answered: of claims and looks, only the first is a warning, as the rest
-    /// would drown it. Refusals (`true`) are counted apart: they open no outage, so that no recovery ends them.
-    failures: BTreeMap<(StoreCall, bool), u64>,
+    /// Of claims and looks, only the first is said aloud, and one from time to time, as the rest would drown it. Refusals
+    /// (`true`) are counted apart: they open no outage, so that no recovery ends them.
+    failures: BTreeMap<(StoreCall, bool), Failures>,
 }
 
 impl Telemetry {
@@ -28,22 +52,32 @@ impl Telemetry {
         Self { worker, failures: BTreeMap::new() }
     }
 
-    /// Keeps the count of failures; if this is one, how many of its kind there have been.
-    fn count(&mut self, observation: &Observation) -> u64 {
+    /// Keeps the count of failures; if this is one, how many of its kind there have been, and whether to say it aloud.
+    fn count(&mut self, observation: &Observation, now: Instant) -> (u64, bool) {
         match observation {
             Observation::StoreCallFailed { call, fault, .. } => {
                 let refused = matches!(fault, StoreFault::Permanent { .. });
-                let failures = self.failures.entry((*call, refused)).or_default();
-                *failures += 1;
-                return *failures;
+                return self.failures.entry((*call, refused)).or_default().another(now);
             }
             Observation::StoreRecovered { .. } => self.failures.clear(),
             // Claims bring something, so that the next refusal is news.
             Observation::Cycle(_) => self.failures.retain(|(_, refused), _| !*refused),
             _ => {}
         }
-        0
+        (0, false)
     }
+}
+
+/// At the level that a failure of a claim or look asks for.
+macro_rules! say {
+    ($fault:expr, $aloud:expr, $($line:tt)*) => {
+        match $fault {
+            // Refused for good: nothing but an operator can change that.
+            StoreFault::Permanent { .. } if $aloud => error!($($line)*),
+            _ if $aloud => warn!($($line)*),
+            _ => debug!($($line)*),
+        }
+    };
 }
 
 fn ids(keys: &[LeaseKey], events: &Events) -> String {
@@ -57,7 +91,7 @@ fn ids(keys: &[LeaseKey], events: &Events) -> String {
 
 impl Observer for Telemetry {
     fn observe(&mut self, observation: &Observation, events: &Events) {
-        let failures = self.count(observation);
+        let (failures, aloud) = self.count(observation, Instant::now());
         let worker = self.worker.as_str();
         let id = |key: &LeaseKey| events.id(*key).unwrap_or("?").to_owned();
         match observation {
@@ -74,22 +108,17 @@ impl Observer for Telemetry {
                 "cycle"
             ),
             Observation::StoreCallFailed { call: StoreCall::Claim, fault, .. } => {
-                if failures == 1 {
-                    warn!(worker, error = %fault, "claiming failed; trying again at every poll");
-                } else {
-                    debug!(worker, error = %fault, failures, "claiming failed again");
-                }
+                say!(fault, aloud, worker, error = %fault, failures, "claiming failed; trying again at every poll");
             }
             Observation::StoreCallFailed { call: StoreCall::Owned, fault, .. } => {
-                if failures == 1 {
-                    warn!(
-                        worker,
-                        error = %fault,
-                        "could not look for what an unknown claim left; nothing is claimed until that works"
-                    );
-                } else {
-                    debug!(worker, error = %fault, failures, "could not look for it again");
-                }
+                say!(
+                    fault,
+                    aloud,
+                    worker,
+                    error = %fault,
+                    failures,
+                    "could not look for what an unknown claim left; nothing is claimed until that works"
+                );
             }
             Observation::StoreCallFailed { call: StoreCall::Renew, fault, keys } => {
                 warn!(worker, error = %fault, leases = keys.len(), events = ids(keys, events), "renewal failed");
@@ -194,7 +223,6 @@ mod tests {
         Observation::StoreCallFailed { call, fault: fault("e".into()), keys: Vec::new() }
     }
 
-    /// A count of 1 is what is warned of.
     #[test]
     fn a_refusal_hides_no_outage_after_it() {
         let refused = failed(StoreCall::Claim, |error| StoreFault::Permanent { error });
@@ -216,7 +244,18 @@ mod tests {
             (&unknown, 1),
             (&refused, 1),
         ] {
-            assert_eq!(telemetry.count(observation), count, "{observation:?}");
+            let said = telemetry.count(observation, Instant::now());
+            assert_eq!(said, (count, count == 1), "{observation:?}");
         }
+    }
+
+    #[test]
+    fn what_goes_on_failing_is_said_again() {
+        let refused = failed(StoreCall::Claim, |error| StoreFault::Permanent { error });
+        let mut telemetry = Telemetry::new(WorkerId::new("w"));
+        let start = Instant::now();
+        let said = [0, 1, 599, 600, 601, 1_199, 1_200]
+            .map(|after| telemetry.count(&refused, start + Duration::from_secs(after)).1);
+        assert_eq!(said, [true, false, false, true, false, false, true]);
     }
 }

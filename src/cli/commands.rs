@@ -5,13 +5,13 @@ use std::io::{self, IsTerminal, Write};
 use std::process::ExitCode;
 use std::time::Duration;
 
-use anyhow::{Context, bail};
+use anyhow::{Context, anyhow, bail};
 
-use super::enqueue::{EnqueueLine, EnqueueRules, from_flags, from_ndjson};
+use super::enqueue::{EnqueueError, EnqueueLine, EnqueueRules, from_flags, from_ndjson};
 use super::settings::{Origin, Settings};
 use super::store::Store;
 use super::{Command, EXIT_DONE, EXIT_FAILED, EXIT_USAGE, EnqueueArgs, Invocation, run, telemetry};
-use crate::adapters::store::{NewEvent, Status};
+use crate::adapters::store::{NewEvent, Status, StoreError};
 
 /// How often `status --watch` looks.
 const WATCH_EVERY: Duration = Duration::from_secs(1);
@@ -36,6 +36,11 @@ pub(crate) fn print(line: impl fmt::Display) -> anyhow::Result<()> {
     })
 }
 
+/// Writes a line to standard error. Not by `eprintln!`, for the same reason; nowhere else could it be said.
+pub fn complain(line: impl fmt::Display) {
+    let _ = writeln!(io::stderr(), "{line}");
+}
+
 /// Does what was asked for.
 ///
 /// # Errors
@@ -51,7 +56,7 @@ async fn dispatch(invocation: &Invocation) -> anyhow::Result<ExitCode> {
     let settings = match invocation.settings() {
         Some(Ok(settings)) => Some(settings),
         Some(Err(error)) => {
-            eprintln!("{error}");
+            complain(error);
             return Ok(EXIT_USAGE.into());
         }
         None => None,
@@ -68,7 +73,8 @@ async fn dispatch(invocation: &Invocation) -> anyhow::Result<ExitCode> {
         }
         (_, None) => bail!("this command needs settings"),
         (Command::Run { until_empty }, Some(settings)) => {
-            telemetry::init(&settings.log).map_err(anyhow::Error::from_boxed).context("starting the log")?;
+            let log = telemetry::init(&settings.log).map_err(anyhow::Error::from_boxed);
+            let _written_at_the_end = log.context("starting the log")?;
             run::run(settings, *until_empty).await
         }
         (Command::Migrate, Some(settings)) => {
@@ -94,13 +100,20 @@ async fn enqueue(args: &EnqueueArgs, settings: &Settings) -> anyhow::Result<Exit
         Some(line) => vec![line],
         None => {
             if io::stdin().is_terminal() {
-                eprintln!("reading one JSON object a line from standard input");
+                complain("reading one JSON object a line from standard input");
             }
             from_ndjson(io::stdin().lock(), rules).collect::<Result<_, _>>()?
         }
     };
-    let events: Vec<NewEvent> = lines.into_iter().map(NewEvent::from).collect();
-    let ids = open(settings, false).await?.enqueue(&events).await?;
+    let (numbers, events): (Vec<_>, Vec<_>) =
+        lines.into_iter().map(|event| (event.line, NewEvent::from(event))).unzip();
+    let ids = open(settings, false).await?.enqueue(&events).await.map_err(|error| match &error {
+        StoreError::Oversized { place, .. } => {
+            let line = numbers.get(*place).copied().flatten();
+            EnqueueError { line, problem: format!("{error}, {}", settings.max_payload) }.into()
+        }
+        _ => anyhow::Error::new(error),
+    })?;
     for id in ids {
         print(id).context("printing the ids; the events are in the outbox")?;
     }
@@ -184,6 +197,8 @@ async fn check(settings: &Settings) -> anyhow::Result<ExitCode> {
     print(format_args!("database: {}", store.describe().await?))?;
     store.check_schema().await?;
     print("schema: up to date")?;
+    store.rehearse().await.map_err(|fault| anyhow!("a worker could not claim: {fault}"))?;
+    print("a worker can claim")?;
     Ok(EXIT_DONE.into())
 }
 

@@ -20,6 +20,8 @@ const LINE_SLACK: u64 = 256 * 1024;
 /// One event, checked.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct EnqueueLine {
+    /// The line, from 1; `None` for flags.
+    pub line: Option<u64>,
     /// 1 to 255 visible ASCII characters; the store makes one up if there is none.
     pub event_id: Option<String>,
     /// 1 to 255 visible ASCII characters.
@@ -102,6 +104,7 @@ impl Raw<'_> {
         };
         let next_attempt_at = self.next_attempt_at.as_deref().map(parse_time).transpose()?;
         Ok(EnqueueLine {
+            line: None,
             event_id: self.event_id,
             event_type: self.event_type,
             destination_url: self.destination_url,
@@ -215,7 +218,9 @@ pub fn from_ndjson(
                 None => Ok(event),
             });
             ended = parsed.is_err();
-            return Some(parsed.map_err(|problem| EnqueueError { line: Some(line), problem }));
+            let line = Some(line);
+            let parsed = parsed.map(|event| EnqueueLine { line, ..event });
+            return Some(parsed.map_err(|problem| EnqueueError { line, problem }));
         }
     })
 }
@@ -254,6 +259,7 @@ mod tests {
         );
         let read = lines(text.as_bytes()).unwrap();
         let first = EnqueueLine {
+            line: Some(1),
             event_id: None,
             event_type: "a.b".into(),
             destination_url: "https://example.com/".into(),
@@ -262,6 +268,7 @@ mod tests {
             next_attempt_at: None,
         };
         let second = EnqueueLine {
+            line: Some(3),
             event_id: Some("e-1".into()),
             payload: "null".into(),
             max_attempts: 3,

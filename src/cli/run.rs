@@ -71,8 +71,10 @@ pub async fn run(mut settings: Settings, until_empty: bool) -> anyhow::Result<Ex
             return Ok(ExitCode::SUCCESS);
         }
     };
-    if let Ok(Err(error @ StoreError::Schema { .. })) = checked {
-        return Err(error.into());
+    match checked {
+        Ok(Err(error @ StoreError::Schema { .. })) => return Err(error.into()),
+        Ok(Err(error)) => warn!(%error, "the schema could not be looked at; starting all the same"),
+        Ok(Ok(())) | Err(_) => {}
     }
     let retiring = (settings.retain != Retain::Keep)
         .then(|| tokio::spawn(retain::retire(store.clone(), settings.retain, timing.store_timeout())));

@@ -7,7 +7,8 @@ use super::settings::{Database, DatabaseUrl};
 use crate::adapters::postgres::{Postgres, PostgresOptions};
 use crate::adapters::sqlite::{Sqlite, SqliteOptions};
 use crate::adapters::store::{NewEvent, Page, Retain, Retired, Status, StoreError};
-use crate::machine::{LeaseKey, StoreFault, WorkerId};
+use crate::machine::{ClaimRequest, ClaimTerms, LeaseKey, StoreFault, WorkerId};
+use crate::ports::Outbox as _;
 
 /// How long a command waits for its database.
 const COMMAND_TIMEOUT: Duration = Duration::from_secs(30);
@@ -110,6 +111,37 @@ impl Store {
         match self {
             Self::Postgres(store) => store.drop_day(keep_for).await,
             Self::Sqlite(_) => Ok(()),
+        }
+    }
+
+    /// Claims nothing, which needs every right and every function that a worker's claims do.
+    ///
+    /// # Errors
+    /// What would keep a worker from claiming.
+    pub async fn rehearse(&self) -> Result<(), StoreFault> {
+        let nothing = ClaimRequest {
+            owner: WorkerId::new("check"),
+            terms: ClaimTerms {
+                lease: COMMAND_TIMEOUT,
+                grace: Duration::ZERO,
+                expired: true,
+                reclaim_limit: 0,
+                retry_budget: 0,
+                valid_until: None,
+            },
+            limit: 0,
+            incarnation: None,
+            probation: 0,
+            share: 0,
+            shares: Vec::new(),
+            from: None,
+            leases_from: None,
+            count_pending: false,
+            asleep: None,
+        };
+        match self {
+            Self::Postgres(store) => store.claim(nothing).await.map(drop),
+            Self::Sqlite(store) => store.claim(nothing).await.map(drop),
         }
     }
 

@@ -183,8 +183,7 @@ impl Pooler {
         let home = home(folder, "pooler");
         let settings = format!(
             "[databases]\npostgres = host={} port=5432 user=postgres\n[pgbouncer]\nlisten_addr =\nunix_socket_dir = {}\n\
-             auth_type = any\npool_mode = transaction\ndefault_pool_size = 12\nserver_login_retry = 1\n\
-             ignore_startup_parameters = extra_float_digits\n",
+             auth_type = any\npool_mode = transaction\ndefault_pool_size = 12\nserver_login_retry = 1\n",
             server.folder().display(),
             home.display()
         );

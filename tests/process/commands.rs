@@ -104,6 +104,65 @@ async fn a_bad_line_keeps_nothing_of_the_input() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_payload_that_grows_in_the_database_is_refused_as_what_would_never_be_sent() {
+    let bed = Bed::new().await.set(&[("MAX_PAYLOAD", "1KiB")]);
+    let line = |payload: &str| {
+        format!(r#"{{"event_type":"t","destination_url":"https://example.com/x","payload":{payload}}}"#)
+    };
+    let (good, grows) = (line("1"), format!("[1{}]", ",1".repeat(399)));
+    let input = format!("{good}\n\n{}\n{good}\n", line(&grows));
+    let output = bed.leasehold(&["enqueue"], Some(&input)).await;
+    assert_eq!(output.status.code(), Some(1));
+    let said = text(&output);
+    assert!(said.contains("line 3: payload has 1200 bytes") && said.contains("max_payload, 1024"), "{said}");
+    assert_eq!(bed.count("true").await, 0);
+    let flags = ["--event-type", "t", "--destination-url", "https://example.com/x", "--payload", &grows];
+    let output = bed.leasehold(&[&["enqueue"], &flags[..]].concat(), None).await;
+    assert!(text(&output).contains("leasehold: payload has 1200 bytes"), "{}", text(&output));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_log_that_nobody_reads_stops_no_delivery() {
+    const EVENTS: i32 = 1_000;
+    for gone in [false, true] {
+        let bed = Bed::new().await;
+        let receiver = Receiver::start(|_| (MS, 200)).await;
+        bed.insert(&receiver.url(), EVENTS).await;
+        let mut command = bed.command(&["run", "--until-empty"]);
+        let mut child = command
+            .env("LEASEHOLD_LOG", "debug")
+            .stderr(std::process::Stdio::piped())
+            .spawn()
+            .expect("the binary starts");
+        let reader = child.stderr.take().filter(|_| !gone);
+        let status = tokio::time::timeout(PATIENCE, child.wait()).await.expect("it ends");
+        assert_eq!(status.expect("it was started").code(), Some(0), "the reader is gone: {gone}");
+        assert_eq!(bed.count("delivery_status = 'delivered'").await, i64::from(EVENTS));
+        drop(reader);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn check_finds_a_right_that_a_worker_lacks() {
+    let bed = Bed::new().await;
+    let output = bed.leasehold(&["check"], None).await;
+    assert!(text(&output).contains("a worker can claim"), "{}", text(&output));
+    let mut url = url::Url::parse(&bed.url).expect("a URL");
+    let user = format!("reader_of_{}", url.path().trim_start_matches('/'));
+    let sql = format!(
+        "create role {user} login; grant usage on schema leasehold to {user};
+         grant select on all tables in schema leasehold to {user}"
+    );
+    sqlx::raw_sql(sqlx::AssertSqlSafe(sql)).execute(&bed.pool).await.expect("a role");
+    url.query_pairs_mut().append_pair("options", &format!("-c role={user}"));
+    let output = bed.command(&["check"]).env("DATABASE_URL", url.as_str()).output().await.expect("it ran");
+    let sql = format!("drop owned by {user}; drop role {user}");
+    sqlx::raw_sql(sqlx::AssertSqlSafe(sql)).execute(&bed.pool).await.expect("the role goes");
+    assert_eq!(output.status.code(), Some(1));
+    assert!(text(&output).contains("a worker could not claim: refused for good: 42501"), "{}", text(&output));
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn one_event_by_flags_is_delivered() {
     let bed = Bed::new().await;
     let receiver = Receiver::start(|_| (MS, 200)).await;

@@ -384,6 +384,57 @@ fn a_lost_connection_costs_one_call_at_most() {
     });
 }
 
+/// Under another isolation a statement fails that comes to a row which changed since it began.
+#[test]
+fn a_default_isolation_of_the_database_changes_nothing() {
+    on_postgres(async |bed| {
+        let default = "default_transaction_isolation = 'serializable'";
+        bed.run(&format!("alter database {} set {default}", bed.database)).await.unwrap();
+        for prepared_statements in [true, false] {
+            let store = store(bed, PostgresOptions { prepared_statements, ..options() });
+            bed.due().await;
+            let lease = bed.take("w").await[0];
+            let mut other = locking(bed, lease.row.0).await;
+            exec(&mut other, "update leasehold.outbox_events set updated_at = now()").await;
+            let before_commit = async {
+                until_waiting(bed, 1).await;
+                exec(&mut other, "commit").await;
+            };
+            let request = RenewRequest { wait: true, ..renewal("w", vec![lease]) };
+            let (reply, ()) = tokio::join!(store.renew(request), before_commit);
+            assert_eq!(reply.unwrap().answers, [(lease, Answer::Applied)]);
+            assert_eq!(bed.settle("w", lease, delivered()).await, Answer::Applied);
+        }
+    });
+}
+
+/// As on a server that shows nothing of its WAL.
+#[test]
+fn without_the_name_of_its_timeline_a_server_is_known_by_its_start() {
+    on_postgres(async |bed| {
+        let user = format!("user_of_{}", bed.database);
+        bed.run(&format!(
+            "create role {user} login; grant usage on schema leasehold to {user};
+             grant select, update on leasehold.outbox_events to {user}; grant select on leasehold.test_clock to {user};
+             revoke execute on function pg_current_wal_lsn() from public"
+        ))
+        .await
+        .unwrap();
+        let mut url = url::Url::parse(&bed.url).unwrap();
+        url.query_pairs_mut().append_pair("options", &format!("-c role={user}"));
+        let store = Postgres::new(url.as_str(), options()).unwrap();
+        let row = bed.due().await;
+        let claimed = store.claim(bed.request("w")).await;
+        let looked = store.claim(bed.request("w")).await;
+        bed.run(&format!("drop owned by {user}; drop role {user}")).await.unwrap();
+        let claimed = claimed.unwrap();
+        assert_eq!(ids(&claimed), [row]);
+        let known = claimed.reply.incarnation;
+        assert!(bed.incarnation().as_str().starts_with(&format!("{}/", known.as_str())), "{known:?}");
+        assert_eq!(looked.unwrap().reply.incarnation, known);
+    });
+}
+
 /// A number with an exponent is as short as it is written, and as long as it is.
 #[test]
 fn a_small_payload_that_is_large_as_text_is_oversized() {

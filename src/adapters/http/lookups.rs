@@ -12,14 +12,28 @@ use tokio::task::spawn_blocking;
 /// for it, and the threads are the same for all names, the database's too.
 const AT_A_TIME: usize = 8;
 
+/// Lookups in all. Tokio has 512 such threads by default.
+const IN_ALL: usize = 384;
+
 /// See the module's documentation.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Lookups {
     /// Of names that are being looked up.
     names: Mutex<BTreeMap<String, Weak<Semaphore>>>,
+    all: Arc<Semaphore>,
+}
+
+impl Default for Lookups {
+    fn default() -> Self {
+        Self::of_at_most(IN_ALL)
+    }
 }
 
 impl Lookups {
+    fn of_at_most(lookups: usize) -> Self {
+        Self { names: Mutex::default(), all: Arc::new(Semaphore::new(lookups)) }
+    }
+
     /// The addresses of a name.
     pub(super) async fn of(&self, name: &str, port: u16) -> io::Result<Vec<SocketAddr>> {
         let host = name.to_owned();
@@ -33,8 +47,9 @@ impl Lookups {
         lookup: impl FnOnce() -> io::Result<T> + Send + 'static,
     ) -> io::Result<T> {
         let place = self.places(name).acquire_owned().await.map_err(io::Error::other)?;
+        let one_of_all = Arc::clone(&self.all).acquire_owned().await.map_err(io::Error::other)?;
         let looked_up = spawn_blocking(move || {
-            let _place = place;
+            let _places = (place, one_of_all);
             lookup()
         });
         looked_up.await.map_err(io::Error::other)?
@@ -90,6 +105,38 @@ mod tests {
         }
         assert!(begins.try_recv().is_err());
         drop(end);
+    }
+
+    #[tokio::test]
+    async fn names_that_are_looked_up_for_ever_keep_threads_for_the_database() {
+        let lookups = Arc::new(Lookups::of_at_most(3));
+        let (begun, begins) = mpsc::channel();
+        let (end, ends) = mpsc::channel::<()>();
+        let ends = Arc::new(Mutex::new(ends));
+        for name in 0..5 {
+            let (lookups, begun, ends) = (Arc::clone(&lookups), begun.clone(), Arc::clone(&ends));
+            tokio::spawn(async move {
+                let lookup = move || {
+                    begun.send(()).map_err(io::Error::other)?;
+                    ends.lock().unwrap_or_else(PoisonError::into_inner).recv().map_err(io::Error::other)
+                };
+                lookups.run(&format!("dead{name}.example"), lookup).await
+            });
+        }
+        for _ in 0..5 {
+            tokio::task::yield_now().await;
+        }
+        assert_eq!(lookups.all.available_permits(), 0);
+        for _ in 0..3 {
+            begins.recv().unwrap();
+        }
+        spawn_blocking(|| ()).await.unwrap();
+        assert!(begins.try_recv().is_err(), "the others wait");
+        drop(end);
+        for _ in 0..2 {
+            spawn_blocking(|| ()).await.unwrap();
+        }
+        lookups.run("alive.example", || Ok(())).await.unwrap();
     }
 
     #[tokio::test]

@@ -12,8 +12,7 @@ with recursive
 server as materialized (
     select
         leasehold.early_now() as early,
-        (extract(epoch from pg_postmaster_start_time()) * 1000000)::bigint::text
-            || '/' || substr(pg_walfile_name(pg_current_wal_lsn()), 1, 8) as incarnation,
+        leasehold.incarnation() as incarnation,
         leasehold.late_now() - pg_postmaster_start_time() as up,
         valid_until,
         leasehold.early_now() <= valid_until as valid

@@ -4,6 +4,7 @@ use sqlx::postgres::{PgConnection, PgRow};
 use sqlx::{Connection as _, Row as _};
 
 use super::Postgres;
+use super::connect::BEGIN;
 use super::error::{database, text};
 use crate::adapters::store::{NewEvent, Status, StoreError};
 
@@ -27,7 +28,7 @@ impl Postgres {
             return Err(StoreError::Database { doing: DOING, error });
         }
         // One transaction with a lock of its own, so that it works through poolers and two first runs don't collide.
-        let mut transaction = connection.begin().await.map_err(|error| database(DOING, &error))?;
+        let mut transaction = connection.begin_with(BEGIN).await.map_err(|error| database(DOING, &error))?;
         let run = |sql: &'static str| sqlx::raw_sql(sql);
         run("select pg_advisory_xact_lock(7311846112204518257)")
             .execute(&mut *transaction)
@@ -74,7 +75,8 @@ impl Postgres {
     /// Inserts events in one transaction: all or none. Returns their ids, in order.
     ///
     /// # Errors
-    /// When the database refuses any of them.
+    /// When the database refuses any of them, or one would never be sent: as it is kept, JSON may be larger than as it was
+    /// written.
     pub async fn enqueue(&self, events: &[NewEvent]) -> Result<Vec<String>, StoreError> {
         let mut connection = self.connect(true).await?;
         check_schema(&mut connection).await?;
@@ -84,11 +86,11 @@ impl Postgres {
             }
             _ => database("enqueueing", &error),
         };
-        let mut transaction = connection.begin().await.map_err(doing)?;
+        let mut transaction = connection.begin_with(BEGIN).await.map_err(doing)?;
         let mut ids = Vec::with_capacity(events.len());
         for batch in events.chunks(1_000) {
             let column = |of: fn(&NewEvent) -> Option<String>| batch.iter().map(of).collect::<Vec<_>>();
-            let rows: Vec<String> = sqlx::query_scalar(
+            let rows: Vec<(String, i32)> = sqlx::query_as(
                 "insert into leasehold.outbox_events
                      (event_id, event_type, destination_url, payload, max_attempts, next_attempt_at)
                  select coalesce(event_id, leasehold.new_event_id()), event_type, destination_url, payload::jsonb,
@@ -96,7 +98,7 @@ impl Postgres {
                  from unnest($1::text[], $2::text[], $3::text[], $4::text[], $5::int[], $6::bigint[]) with ordinality
                      as event (event_id, event_type, destination_url, payload, max_attempts, next_attempt_at, place)
                  order by place
-                 returning event_id",
+                 returning event_id, payload_bytes",
             )
             .persistent(false)
             .bind(column(|event| event.event_id.clone()))
@@ -108,7 +110,13 @@ impl Postgres {
             .fetch_all(&mut *transaction)
             .await
             .map_err(doing)?;
-            ids.extend(rows);
+            for (id, bytes) in rows {
+                let (place, bytes) = (ids.len(), u64::try_from(bytes).unwrap_or(0));
+                if bytes > self.options.max_payload {
+                    return Err(StoreError::Oversized { place, bytes });
+                }
+                ids.push(id);
+            }
         }
         transaction.commit().await.map_err(doing)?;
         Ok(ids)

@@ -13,6 +13,10 @@ use tokio::time::{Instant, timeout};
 
 use super::PostgresOptions;
 
+/// How transactions begin that are more than one statement, whatever the database's default: a claim that meets another at
+/// a row is to see it as it is now, not to fail.
+pub(super) const BEGIN: &str = "begin isolation level read committed";
+
 /// Settings of the connections that calls are made on. Plans are made once a connection, as planning a claim took a
 /// quarter of the time of its execution. A plan that is kept must not depend on how little was in the table when it was
 /// made, so that what is good for a small table only is ruled out.
@@ -54,12 +58,18 @@ impl Hosts {
             // sqlx would look an address with its brackets up as a name.
             let host = parsed.get_host().trim_matches(['[', ']']).to_owned();
             let parsed = parsed.host(&host).application_name("leasehold").disable_statement_logging();
+            // A pooler refuses what it doesn't know by default; no statement sends a float as text.
+            let parsed = parsed.extra_float_digits(None);
             plain.push(if options.prepared_statements { parsed } else { parsed.statement_cache_capacity(0) });
         }
         let millis = options.statement_timeout().as_millis().to_string();
         let bounded = plain.iter().cloned().map(|host| {
             if options.prepared_statements {
-                host.options([("statement_timeout", millis.as_str())]).options(PLANS)
+                let bounds = [
+                    ("statement_timeout", millis.as_str()),
+                    ("default_transaction_isolation", "read committed"),
+                ];
+                host.options(bounds).options(PLANS)
             } else {
                 host
             }

@@ -6,8 +6,9 @@ use crate::machine::StoreFault;
 /// What became of a statement that the server refused with this SQLSTATE.
 fn by_sqlstate(code: &str, error: String) -> StoreFault {
     match code {
-        // The session was ended, or the server is going down: the commit may have happened before.
-        "57P01" | "57P02" | "57P03" | "57P05" => StoreFault::Unknown { error },
+        // The session was ended, be it by `transaction_timeout`, or the server is going down: the commit may have happened
+        // before.
+        "57P01" | "57P02" | "57P03" | "57P04" | "57P05" | "25P04" => StoreFault::Unknown { error },
         // Surely rolled back, and worth repeating: cancelled, idle for too long in a transaction, read-only, not a primary
         // (any more), lock not available.
         "57014" | "25P03" | "25006" | "55000" | "55006" | "55P03" => StoreFault::NotApplied { error },

@@ -2,8 +2,7 @@
 -- microseconds and the id ahead of which fresh events are passed over.
 select
     (extract(epoch from leasehold.late_now()) * 1000000)::bigint as db_now,
-    (extract(epoch from pg_postmaster_start_time()) * 1000000)::bigint::text
-        || '/' || substr(pg_walfile_name(pg_current_wal_lsn()), 1, 8) as incarnation,
+    leasehold.incarnation() as incarnation,
     (extract(epoch from leasehold.early_now()) * 1000000)::bigint as front_due,
     9223372036854775807 as front_id,
     null::bigint as leases_front,

@@ -22,7 +22,7 @@ use tokio::sync::Mutex;
 use tokio::time::{Instant, timeout};
 
 pub use self::connect::PLANS;
-use self::connect::{Hosts, Lane};
+use self::connect::{BEGIN, Hosts, Lane};
 use self::error::{after_send, not_connected, text};
 use self::replies::{beyond_front, read_answers, read_claim, read_owned};
 use super::store::{CLAIM_BYTES, StoreError, clean};
@@ -270,7 +270,7 @@ impl Postgres {
         connection: &mut sqlx::PgConnection,
         query: Query<'static, Database, PgArguments>,
     ) -> Result<Vec<PgRow>, sqlx::Error> {
-        let mut transaction = connection.begin().await?;
+        let mut transaction = connection.begin_with(BEGIN).await?;
         self.bound(&mut transaction).await?;
         let rows = query.persistent(false).fetch_all(&mut *transaction).await?;
         transaction.commit().await?;

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use sqlx::{AssertSqlSafe, Connection as _, PgConnection, Row as _};
 
-use super::connect::Borrowed;
+use super::connect::{BEGIN, Borrowed};
 use super::error::{database, text};
 use super::{Postgres, micros};
 use crate::adapters::store::{Page, Retain, Retired, SETTLED_FOR, StoreError};
@@ -71,7 +71,7 @@ impl Postgres {
         age: Duration,
         page: Page,
     ) -> Result<Retired, sqlx::Error> {
-        let mut transaction = connection.get().begin().await?;
+        let mut transaction = connection.get().begin_with(BEGIN).await?;
         self.bound(&mut transaction).await?;
         if !alone(&mut transaction).await? {
             // Dropped, it would stay open until the connection is used again.
@@ -98,7 +98,7 @@ impl Postgres {
     }
 
     async fn drop_a_day(&self, connection: &mut PgConnection, keep_for: Duration) -> Result<(), sqlx::Error> {
-        let mut transaction = connection.begin().await?;
+        let mut transaction = connection.begin_with(BEGIN).await?;
         self.bound(&mut transaction).await?;
         if alone(&mut transaction).await? {
             let over = sqlx::query_scalar::<_, Option<String>>(OVER).persistent(false).bind(micros(keep_for));
