@@ -7,6 +7,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::future::Future;
 use std::pin::{Pin, pin};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
@@ -90,7 +91,7 @@ impl<O: Outbox, G: Gateway, C: Clock, W: Observer> Driver<O, G, C, W> {
             events: Events::default(),
             calls: JoinSet::new(),
             attempts: JoinSet::new(),
-            aborts: BTreeMap::new(),
+            requests: BTreeMap::new(),
         };
         running.run(shutdown).await
     }
@@ -108,7 +109,14 @@ struct Running<O, G, C, W> {
     events: Events,
     calls: JoinSet<Reply>,
     attempts: JoinSet<(LeaseKey, Option<AttemptResult>)>,
-    aborts: BTreeMap<LeaseKey, oneshot::Sender<()>>,
+    requests: BTreeMap<LeaseKey, Request>,
+}
+
+/// A request under way.
+struct Request {
+    abort: oneshot::Sender<()>,
+    /// The moment before which it may start, in microseconds.
+    start_before: Arc<AtomicU64>,
 }
 
 impl<O: Outbox, G: Gateway, C: Clock, W: Observer> Running<O, G, C, W> {
@@ -147,12 +155,25 @@ impl<O: Outbox, G: Gateway, C: Clock, W: Observer> Running<O, G, C, W> {
     }
 
     fn handle(&mut self, input: Input) {
+        let renewed = matches!(input, Input::Renewed { .. });
         self.worker.handle(self.driver.clock.now(), input);
+        if renewed {
+            self.move_fences();
+        }
         while let Some(observation) = self.worker.poll_observation() {
             self.driver.observer.observe(&observation, &self.events);
         }
         while let Some(action) = self.worker.poll_action() {
             self.act(action);
+        }
+    }
+
+    /// Connecting may take longer than a lease, which is renewed meanwhile.
+    fn move_fences(&self) {
+        for (key, request) in &self.requests {
+            if let Some(fence) = self.worker.start_before(*key) {
+                request.start_before.store(fence.as_micros(), Ordering::Relaxed);
+            }
         }
     }
 
@@ -179,8 +200,8 @@ impl<O: Outbox, G: Gateway, C: Clock, W: Observer> Running<O, G, C, W> {
             }
             Action::Abort { key } => {
                 // Its task may have ended already; then its outcome is on the way.
-                if let Some(abort) = self.aborts.remove(&key) {
-                    let _ = abort.send(());
+                if let Some(request) = self.requests.remove(&key) {
+                    let _ = request.abort.send(());
                 }
             }
             Action::Forget { key } => {
@@ -211,13 +232,14 @@ impl<O: Outbox, G: Gateway, C: Clock, W: Observer> Running<O, G, C, W> {
 
     fn send(&mut self, key: LeaseKey, number: u32, timestamp: i64, start_before: Moment) {
         let (abort, aborted) = oneshot::channel();
-        self.aborts.insert(key, abort);
+        let start_before = Arc::new(AtomicU64::new(start_before.as_micros()));
+        self.requests.insert(key, Request { abort, start_before: Arc::clone(&start_before) });
         let message = self.events.0.get(&key).cloned();
         let (gateway, clock) = (Arc::clone(&self.driver.gateway), Arc::clone(&self.driver.clock));
         self.attempts.spawn(async move {
             let Some(message) = message else { return (key, None) };
             // The world may have stopped since the machine decided, and connecting takes its time (rule P4).
-            let may_start = || clock.now() < start_before;
+            let may_start = || clock.now().as_micros() < start_before.load(Ordering::Relaxed);
             let known = OnceLock::new();
             let result = tokio::select! {
                 biased;
@@ -240,7 +262,7 @@ impl<O: Outbox, G: Gateway, C: Clock, W: Observer> Running<O, G, C, W> {
         ended: Result<(LeaseKey, Option<AttemptResult>), JoinError>,
     ) -> Result<Input, DriverError> {
         let (key, result) = ended.map_err(DriverError::Panicked)?;
-        self.aborts.remove(&key);
+        self.requests.remove(&key);
         Ok(match result {
             Some(result) => Input::Attempted { key, result },
             None => Input::Aborted { key },

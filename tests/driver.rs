@@ -118,6 +118,7 @@ impl Outbox for FakeOutbox {
 
 /// Answers 200 after a time; counts requests whose future was dropped before.
 struct FakeGateway {
+    connects: Duration,
     takes: Duration,
     panics: bool,
     /// Answers at once; `takes` is the rest of its body.
@@ -129,6 +130,7 @@ struct FakeGateway {
 impl FakeGateway {
     fn new(takes: Duration) -> Arc<Self> {
         Arc::new(Self {
+            connects: Duration::ZERO,
             takes,
             panics: false,
             drips: false,
@@ -156,6 +158,7 @@ impl Gateway for FakeGateway {
         known: &OnceLock<AttemptResult>,
     ) -> Option<AttemptResult> {
         assert!(!self.panics, "the gateway breaks");
+        tokio::time::sleep(self.connects).await;
         if !may_start() {
             return None;
         }
@@ -256,6 +259,15 @@ async fn a_slow_delivery_is_renewed_and_settled_once() {
             && id.as_deref() == Some("evt-1")
     });
     assert!(named, "the log can name the event when its heartbeat ends");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_request_starts_though_connecting_took_longer_than_a_lease() {
+    let (outbox, mut gateway) = (FakeOutbox::new(Mode::Answers, &[1]), FakeGateway::new(SECOND));
+    Arc::get_mut(&mut gateway).expect("not shared yet").connects = 100 * SECOND;
+    let (ended, _) = drive(&outbox, &gateway, true, pending()).await;
+    assert_eq!(ended.expect("no panic"), Ended { aborted: 0, unsettled: 0 });
+    assert_eq!(outbox.settled.lock().expect("no panic")[&1], Settle::Delivered { status: 200 });
 }
 
 #[tokio::test(start_paused = true)]

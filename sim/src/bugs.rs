@@ -85,6 +85,7 @@ bugs! {
     UpIgnored, Place::Store, S2, 1000, "the claim does not look at how long the server has been up";
     FrontPastLocked, Place::Store, L3, 2000, "a claim's front passes over what others have locked";
     ClaimIgnoresShare, Place::Store, S9, 1000, "the claim does not look at shares";
+    FenceKept, Place::Driver, S2, 5000, "a start is compared with the fence as it was before connecting";
     StartUnchecked, Place::Driver, S3, 5000, "a start is not compared with its fence";
     AbortLost, Place::Driver, S3, 5000, "an abort is confirmed and the socket left open";
     TimeoutUnreported, Place::Driver, L1, 2000, "a store call that timed out is never reported";
@@ -107,6 +108,7 @@ bugs! {
     UnknownClaimForgotten, Place::Machine(Planted::UnknownClaimForgotten), S2, 2000, "after an unknown claim nothing is looked for";
     LateLookAtLease, Place::Machine(Planted::LateLookAtLease), S2, 5000, "after an unknown claim the looks are at once, after R and after L";
     LooksReplaced, Place::Machine(Planted::LooksReplaced), S2, 5000, "the looks for an unknown claim replace those for an earlier one";
+    LateLocksForgotten, Place::Machine(Planted::LateLocksForgotten), S2, 5000, "after an unknown claim there is no look for one that has its locks as late as it is valid";
     LateClaimForgotten, Place::Machine(Planted::LateClaimForgotten), S2, 5000, "after an unknown claim there are two looks, soon";
     ClaimStopsAfterFailure, Place::Machine(Planted::ClaimStopsAfterFailure), L1, 2000, "a failed claim is the last one";
     ClaimsWhole, Place::Machine(Planted::ClaimsWhole), L1, 5000, "a claim that the store can't answer in time is repeated as it was";
@@ -121,6 +123,7 @@ bugs! {
     RescanNear, Place::Machine(Planted::RescanNear), L1, 5000, "once a scan took long, none starts more than a minute ahead of the front";
     EmbargoAlways, Place::Machine(Planted::EmbargoAlways), L2, 5000, "an embargo lasts 12 L and is begun again at every failure";
     EmbargoNever, Place::Machine(Planted::EmbargoNever), S2, 5000, "a new incarnation begins no embargo";
+    EmbargoOnce, Place::Machine(Planted::EmbargoOnce), S2, 5000, "a second outage or incarnation begins no embargo";
     OutageForgotten, Place::Machine(Planted::OutageForgotten), S2, 5000, "an outage changes nothing for searches";
     LeasesUnlimited, Place::Machine(Planted::LeasesUnlimited), S9, 500, "a worker asks for more leases than it may hold";
     RequestsUnlimited, Place::Machine(Planted::RequestsUnlimited), S9, 500, "a worker opens more requests than it may";

@@ -124,6 +124,10 @@ pub fn generate(seed: u64, profile: Profile) -> Schedule {
     let timeout = settings.iter().map(|settings| settings.store_timeout).min().unwrap_or(S);
     let mut pace = make_pace(&mut Rng::new(seed, "pace of things"), profile, lease, timeout);
     pace.hints = Rng::new(seed, "hints").percent(20);
+    let mut slow = Rng::new(seed, "slow connects");
+    if slow.percent(5) {
+        pace.connect = slow.within(lease / 2, 2 * lease);
+    }
     if Rng::new(seed, "until empty").percent(5) {
         settings.iter_mut().for_each(|settings| settings.until_empty = true);
     }
@@ -495,11 +499,27 @@ fn late_locks(schedule: &mut Schedule, rng: &mut Rng, faults: &mut Vec<Timed>) {
     }
 }
 
-/// A claim lies somewhere for longer than anybody looks for it, and arrives as an event falls due.
+/// A claim lies somewhere for longer than anybody looks for it, and arrives as an event falls due; or for nearly as long
+/// as it is valid, and then commits late as well.
 fn late_calls(schedule: &mut Schedule, rng: &mut Rng, faults: &mut Vec<Timed>) {
-    let settings = &schedule.settings[0];
-    let Settings { store_timeout: timeout, lease, poll_interval, .. } = *settings;
+    let Settings { store_timeout: timeout, lease, poll_interval, fence_margin, .. } = schedule.settings[0];
     let lasts = poll_interval.min(timeout);
+    let least = 4 * timeout + fence_margin;
+    if rng.percent(50) && least < lease / 2 {
+        let grace = rng.within(least, lease / 2);
+        for settings in &mut schedule.settings {
+            settings.reclaim_grace = grace.min(settings.lease / 2);
+        }
+        for _ in 0..rng.within(1, 3) {
+            let event = rng.pick(&schedule.events);
+            let by = rng.within(2 * timeout, timeout + grace);
+            let arrives = event.at + event.delay + rng.below(poll_interval);
+            faults.push(Timed { at: arrives.saturating_sub(by), lasts, fault: Fault::LateCall(65_536, by) });
+            let late = Fault::LateCommit(65_536, rng.within(lease / 2, lease));
+            faults.push(Timed { at: arrives, lasts, fault: late });
+        }
+        return;
+    }
     for _ in 0..rng.within(2, 8) {
         let event = rng.pick(&schedule.events);
         let by = rng.within(lease + 4 * timeout, 3 * lease);

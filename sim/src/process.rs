@@ -19,6 +19,8 @@ pub(crate) enum Item {
     Wake,
     Reply(u32),
     TimedOut(u32),
+    /// A connection is there.
+    Connected(u32),
     /// The driver's look at its clock.
     Check(u32),
     Open(u32),
@@ -205,6 +207,7 @@ impl World<'_> {
                     self.input(worker, input);
                 }
             }
+            Item::Connected(request) => self.connected(request),
             Item::Check(request) => self.check_start(request),
             Item::Open(request) => self.open(request),
             Item::Responded(request) => {

@@ -12,8 +12,11 @@ impl World<'_> {
     /// The machine wants a request started.
     pub(crate) fn send(&mut self, worker: u32, key: LeaseKey, number: u32, start_before: Moment) {
         let request = self.request(worker, key, number, start_before);
-        self.pause_at_send(worker, true);
-        self.drive(worker, Item::Check(request));
+        let slot = self.processes[worker as usize].slot;
+        let timeout = self.schedule.settings[self.schedule.slots[slot].settings].request_timeout;
+        self.after(timeout, Happening::Driver(worker, Item::RequestTimedOut(request)));
+        let connect = self.pace.below(self.schedule.pace.connect + 1);
+        self.after(connect, Happening::Driver(worker, Item::Connected(request)));
     }
 
     /// Stops the process here, if a fault asks for it.
@@ -28,24 +31,34 @@ impl World<'_> {
         }
     }
 
-    /// The driver looks at its clock: the request starts, unless its fence has come.
+    /// It is connected.
+    pub(crate) fn connected(&mut self, request: u32) {
+        let Request { worker, stage, .. } = self.requests[request as usize];
+        if stage == Stage::Connecting {
+            self.pause_at_send(worker, true);
+            self.drive(worker, Item::Check(request));
+        }
+    }
+
+    /// The driver looks at its clock: the request starts, unless its fence has come, which renewals have moved on.
     pub(crate) fn check_start(&mut self, request: u32) {
         let Request { worker, key, stage, start_before, .. } = self.requests[request as usize];
         if stage != Stage::Connecting {
             return;
         }
+        let fence = self.processes[worker as usize].machine.start_before(key);
+        let start_before = match fence {
+            Some(fence) if self.options.bug != Some(Bug::FenceKept) => fence,
+            _ => start_before,
+        };
         if self.local(worker) >= start_before && self.options.bug != Some(Bug::StartUnchecked) {
             // Told to the machine at the next turn of the loop.
             self.requests[request as usize].stage = Stage::Closing;
             return self.after(0, Happening::Driver(worker, Item::Closed(request)));
         }
         self.emit(Fact::StartAllowed { worker, event: key.row.0 as u32, token: key.token.0 });
-        let slot = self.processes[worker as usize].slot;
-        let timeout = self.schedule.settings[self.schedule.slots[slot].settings].request_timeout;
-        self.after(timeout, Happening::Driver(worker, Item::RequestTimedOut(request)));
-        let connect = self.pace.below(self.schedule.pace.connect + 1);
-        self.after(connect, Happening::Driver(worker, Item::Open(request)));
         self.pause_at_send(worker, false);
+        self.drive(worker, Item::Open(request));
     }
 
     fn request(&mut self, worker: u32, key: LeaseKey, number: u32, start_before: Moment) -> u32 {

@@ -318,7 +318,8 @@ pub enum Action {
         number: u32,
         /// Unix seconds for `webhook-timestamp`.
         timestamp: i64,
-        /// Must not be started at or after this moment (rule P4): the world may have stopped since.
+        /// Must not be started at or after this moment (rule P4): the world may have stopped since. Renewals move it on, see
+        /// [`Worker::start_before`](super::Worker::start_before).
         start_before: Moment,
     },
     /// Abort an open request. To be answered by `Aborted`, or by `Attempted` if it was done already.

@@ -1,6 +1,6 @@
 //! **S2** by rule P10: who lived through an outage of the database gets to renew or settle first.
 
-use crate::fact::Micros;
+use crate::fact::{Lane, Micros};
 use crate::{Oracle, Sometimes};
 
 /// How far the times of a real driver's facts may be from those at which its machine was told.
@@ -16,32 +16,33 @@ pub(crate) struct Return {
     pub(crate) standby: bool,
 }
 
-/// What a worker's own calls tell it of outages. Only its first one is judged: an embargo is not begun again before a
-/// search was made, which is no fact.
+/// What a worker's own calls tell it of outages.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Outage {
     /// When the last call was sent that had an answer.
     answered: Micros,
-    /// Of the calls since then, when the first was sent and the last was given up.
-    missed: Option<(Micros, Micros)>,
-    /// When the first outage of `H` or more was over.
+    /// Of the calls that had none since: when the first was sent.
+    missed: Option<Micros>,
+    /// When the outage was over that the last embargo of this kind came of.
     over: Option<Micros>,
-    /// There may have been one before it.
-    unsure: bool,
+    /// When one may have begun of which this is not sure, or that came of another incarnation: no other is begun while one
+    /// lasts.
+    unsure: Option<Micros>,
+    /// How many of the database's returns a claim has shown it.
+    returns: usize,
 }
 
 impl Oracle {
     /// A call was sent. Answers whether that was in an outage of `H` or more.
     pub(crate) fn is_cut_off(&self, worker: u32) -> bool {
-        let outage = &self.workers[worker as usize].outage;
-        outage.over.is_none() && !outage.unsure && self.missed_for_long(worker) == Some(true)
+        self.away_for_long(worker, self.now) == Some(true)
     }
 
-    /// Whether a worker's calls have failed for `H`; `None` is perhaps.
-    fn missed_for_long(&self, worker: u32) -> Option<bool> {
+    /// Whether a worker's calls had failed for `H` at some time; `None` is perhaps.
+    fn away_for_long(&self, worker: u32, at: Micros) -> Option<bool> {
         let book = &self.workers[worker as usize];
-        let Some((first, last)) = book.outage.missed else { return Some(false) };
-        let (took, heartbeat) = (last - first, self.terms_of(worker).heartbeat);
+        let Some(first) = book.outage.missed else { return Some(false) };
+        let (took, heartbeat) = (at.saturating_sub(first), self.terms_of(worker).heartbeat);
         let error = self.clock_error(worker, first) + book.set_back + LOOSE;
         if took >= heartbeat + error {
             Some(true)
@@ -53,32 +54,46 @@ impl Oracle {
     }
 
     pub(crate) fn call_missed(&mut self, worker: u32, sent: Micros) {
-        let now = self.now;
         let outage = &mut self.workers[worker as usize].outage;
         // A store that has answered a call sent later was not down.
         let sent = sent.max(outage.answered);
-        let first = outage.missed.map_or(sent, |(first, _)| first.min(sent));
-        outage.missed = Some((first, now));
+        outage.missed = Some(outage.missed.map_or(sent, |first| first.min(sent)));
     }
 
-    pub(crate) fn call_met(&mut self, worker: u32, sent: Micros) {
-        let long = self.missed_for_long(worker);
+    pub(crate) fn call_met(&mut self, worker: u32, lane: Lane, sent: Micros) {
         let now = self.now;
-        let outage = &mut self.workers[worker as usize].outage;
-        (outage.answered, outage.missed) = (sent, None);
-        match long {
-            Some(false) => {}
-            Some(true) if !outage.unsure && outage.over.is_none() => {
-                outage.over = Some(now);
-                self.stats.saw(Sometimes::OutageOver);
+        let outage = self.workers[worker as usize].outage;
+        let mut after = Outage { answered: sent, ..outage };
+        if outage.missed.is_none_or(|first| first <= sent) {
+            after.missed = None;
+            let mut begun = outage.unsure.into_iter().chain(outage.over);
+            let clear = begun.all(|began| now >= self.embargo_is_over(worker, began));
+            match self.away_for_long(worker, sent) {
+                Some(false) => {}
+                Some(true) if clear => {
+                    after.over = Some(now);
+                    self.stats.saw(Sometimes::OutageOver);
+                }
+                Some(true) | None => after.unsure = after.unsure.max(Some(now)),
             }
-            Some(true) | None => outage.unsure = true,
         }
+        let returned = self.returns.last().is_some_and(|last| last.at <= sent);
+        if lane == Lane::Claim && returned && outage.returns < self.returns.len() {
+            after.returns = self.returns.len();
+            after.unsure = after.unsure.max(Some(now));
+        }
+        self.workers[worker as usize].outage = after;
+    }
+
+    /// When an embargo that began then is surely over.
+    fn embargo_is_over(&self, worker: u32, began: Micros) -> Micros {
+        let error = self.clock_error(worker, began) + self.workers[worker as usize].set_back + LOOSE;
+        began.saturating_add(self.terms_of(worker).lease + error)
     }
 
     /// A refusal for good is an answer that the worker does not take for the end of an outage.
     pub(crate) fn call_refused(&mut self, worker: u32) {
-        self.workers[worker as usize].outage.unsure = true;
+        self.workers[worker as usize].outage.unsure = Some(Micros::MAX);
     }
 
     /// Whether a worker's claim takes an expired lease that rule P10 keeps it from.
@@ -86,15 +101,12 @@ impl Oracle {
         self.after_a_return(worker, began) || self.after_an_outage(worker, call)
     }
 
-    /// A worker begins no embargo while one lasts, so that of those that knew the database before only their first is
-    /// judged; who is new asks a server that was started again how long it has been up, and of a standby knows nothing.
+    /// Who is new asks a server that was started again how long it has been up, and of a standby knows nothing.
     fn after_a_return(&self, worker: u32, began: Micros) -> bool {
         let Some(last) = self.returns.last() else { return false };
         let (book, terms) = (&self.workers[worker as usize], self.terms_of(worker));
-        let first = self.returns.len() == 1
-            && book.met_store.is_some_and(|met| met < last.down_at)
-            && book.first_miss.is_none_or(|at| at + terms.store_timeout >= last.down_at);
-        let embargo = if last.standby && !first { 0 } else { terms.lease };
+        let knew_another = book.met_store.is_some_and(|met| met < last.down_at);
+        let embargo = if last.standby && !knew_another { 0 } else { terms.lease };
         began + self.clock_error(worker, last.at) < last.at + embargo
     }
 
@@ -106,6 +118,6 @@ impl Oracle {
             let error = self.clock_error(worker, over) + book.set_back + LOOSE;
             call.sent >= over && call.sent + error < over + terms.lease
         };
-        self.returns.is_empty() && (call.cut_off || book.outage.over.is_some_and(embargo))
+        call.cut_off || book.outage.over.is_some_and(embargo)
     }
 }

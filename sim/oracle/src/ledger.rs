@@ -120,8 +120,7 @@ pub(crate) struct Worker {
     pub(crate) set_back: u64,
     pub(crate) worst_ppm: u64,
     pub(crate) lanes: [LaneBook; 4],
-    /// When a call first and last went unanswered.
-    pub(crate) first_miss: Option<Micros>,
+    /// When a call last went unanswered.
     pub(crate) last_miss: Option<Micros>,
     pub(crate) outage: Outage,
     pub(crate) drain_began: Option<Micros>,

@@ -272,7 +272,7 @@ impl Oracle {
             locked_to_end: 0,
             born_dead: until <= self.db.at(self.now)
                 || self.calls[call as usize].over
-                    && until <= self.db.at(self.now) + (4 * terms.store_timeout + terms.fence_margin) as i64,
+                    && until <= self.db.at(self.now) + terms.hardly_given_back() as i64,
             behind: self.db_highest.max(self.db.at(self.now)) - token.saturating_mul(1_000) > LATE,
             before: book.last,
         });

@@ -56,6 +56,12 @@ impl Terms {
         self.heartbeat + 2 * self.store_timeout + self.fence_margin + locked <= self.lease
     }
 
+    /// With how much of its lease left a claim that commits late can't reliably be given back: four tries and the margin,
+    /// and looks are no closer than a sixteenth of a lease.
+    pub fn hardly_given_back(&self) -> u64 {
+        4 * self.store_timeout + self.fence_margin + (self.lease / 16).saturating_sub(self.store_timeout)
+    }
+
     /// How seldom expired leases may be searched for, if a search takes up to `took`: so that searches take a fiftieth of
     /// the time, but no more seldom than every `2G`.
     pub fn search_interval(&self, took: u64) -> u64 {

@@ -17,6 +17,11 @@ const LEAST_BACK: i64 = 64_000_000;
 impl Oracle {
     /// Since when claims could have taken whatever is due: a worker knows the store and nothing has gone wrong.
     pub(crate) fn ready_since(&self) -> Option<Micros> {
+        self.ready().map(|(_, ready)| ready).min()
+    }
+
+    /// Who could have taken it, and since when.
+    fn ready(&self) -> impl Iterator<Item = (&Worker, Micros)> {
         let ready = self.workers.iter().filter(|worker| {
             worker.down.is_none() && worker.stopped_since.is_none() && worker.drain_began.is_none()
         });
@@ -26,32 +31,35 @@ impl Oracle {
             let last = worker.clock_steps.last().map_or(0, |(at, _)| *at);
             last + worker.clock_stepped_since(0)
         };
-        let ready = ready.filter_map(|worker| Some(worker.met_store?.max(settled(worker)))).min()?;
-        (self.roomy && self.db_up).then(|| ready.max(self.quiet_since))
+        let ready = ready.filter(|_| self.roomy && self.db_up);
+        ready.filter_map(move |worker| {
+            Some((worker, worker.met_store?.max(settled(worker)).max(self.quiet_since)))
+        })
     }
 
-    /// **L2**: an orphan is taken within `L + G`, one search and, under an embargo, one `L` more; by a search that starts
+    /// **L2**: an orphan is taken within `L + G`, one search and, under an embargo, one `L` more, all by the settings of
+    /// whoever could take it first; by a search that starts
     /// ahead of the front of the leases if its claim committed more than a second after it took its token, by the most
     /// that the database's clock ever showed, or if the database lost commits.
     pub(crate) fn check_orphan(&mut self, claim: Claim) -> Verdict {
-        let terms = *self.terms_of(claim.worker);
         let event = &self.events[claim.event as usize];
-        let Some(ready) = self.ready_since().filter(|_| event.reclaims + 1 < PROBATION) else {
+        let overdue = u64::try_from(self.db.at(self.now) - event.until).unwrap_or(0);
+        let ran_out = self.now.saturating_sub(overdue);
+        let bounds = self.ready().filter(|_| event.reclaims + 1 < PROBATION).map(|(worker, ready)| {
+            let terms = &self.terms[usize::from(worker.terms)];
+            (ran_out + terms.reclaim_grace).max(event.unlocked_at).max(ready + terms.lease)
+                + terms.search_interval(self.longest_claim)
+                + 4 * terms.store_timeout
+        });
+        let Some(bound) = bounds.min() else {
             self.stats.unchecked[Invariant::L2 as usize] += 1;
             return Ok(());
         };
         self.stats.checked[Invariant::L2 as usize] += 1;
-        let overdue = u64::try_from(self.db.at(self.now) - event.until).unwrap_or(0);
-        let ran_out = self.now.saturating_sub(overdue) + terms.reclaim_grace;
-        let longest =
-            self.terms.iter().map(|terms| terms.search_interval(self.longest_claim)).max().unwrap_or(0);
         let lease = &self.leases[event.lease as usize];
         let behind = lease.behind || event.restored_at.is_some();
         let age = self.db_highest.max(self.db.at(self.now)) - lease.token.saturating_mul(1_000);
-        let bound = ran_out.max(event.unlocked_at).max(ready + terms.lease)
-            + longest
-            + 4 * terms.store_timeout
-            + if behind { self.rescan(age) } else { 0 };
+        let bound = bound + if behind { self.rescan(age) } else { 0 };
         if behind {
             self.stats.saw(Sometimes::LeaseBehind);
         }

@@ -23,7 +23,6 @@ impl Oracle {
             set_back: 0,
             worst_ppm: u64::from(ppm.unsigned_abs()),
             lanes: [LaneBook::default(); 4],
-            first_miss: None,
             last_miss: None,
             outage: Outage::default(),
             drain_began: None,
@@ -177,7 +176,10 @@ impl Oracle {
         self.calls.push(Call { lane, sent: self.now, sent_local, over: false, cut_off, applied: NONE });
         if lane == Lane::Claim {
             book.claimed_at = self.now;
+            let draining = book.drain_began.is_some();
+            ensure!(self, L4, !draining, "worker {worker} claims, though it drains");
         }
+        let book = &mut self.workers[worker as usize];
         let under_way = &mut book.lanes[lane.number()].under_way;
         *under_way += 1;
         let under_way = *under_way;
@@ -207,7 +209,7 @@ impl Oracle {
             lease.locked_for = 0;
             applied = link.next;
         }
-        self.call_met(worker, sent);
+        self.call_met(worker, lane, sent);
         let now = self.now;
         let holder = &mut self.workers[worker as usize];
         let lane_book = &mut holder.lanes[lane.number()];
@@ -245,7 +247,6 @@ impl Oracle {
             lane_book.double_miss = Some(now);
         }
         if lane != Lane::RenewAlone {
-            holder.first_miss.get_or_insert(sent);
             holder.last_miss = Some(now);
         }
         holder.unsure |= lane == Lane::Claim;

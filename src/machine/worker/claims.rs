@@ -148,8 +148,6 @@ pub(super) struct Claims {
     /// The next search for expired leases.
     search_at: Moment,
     embargo_until: Moment,
-    /// A search was made since the last embargo began (rule P10).
-    searched: bool,
     /// The next claim takes nothing that is ranked before it is locked.
     unranked: bool,
     owned: Option<(RequestId, Moment)>,
@@ -176,7 +174,6 @@ impl Claims {
             refill: false,
             search_at: now,
             embargo_until: Moment::default(),
-            searched: true,
             unranked: false,
             owned: None,
             owned_at: BTreeSet::new(),
@@ -225,7 +222,7 @@ impl Worker {
 
     /// **P10**: not by the very claim that finds the store back, however long it was away.
     fn may_search(&self) -> bool {
-        let away = self.outage.is_some() && !planted!(self, OutageForgotten);
+        let away = self.failing_since.is_some() && !planted!(self, OutageForgotten);
         self.incarnation.is_some() && !away && !planted!(self, SearchNever)
     }
 
@@ -422,11 +419,6 @@ impl Worker {
                         .saturating_sub(timing.fence_margin());
                     let before = |tries: u32| left.saturating_sub(timeout * tries).max(timeout);
                     let mut waits = alloc::vec![Duration::ZERO, timeout, before(4), before(2), lease];
-                    // It may have begun as late as it was valid, by a clock that was set back by as much as `G`.
-                    let latest = timing.reclaim_grace() * 2 + timeout;
-                    if latest > lease {
-                        waits.push(latest);
-                    }
                     self.claims.unbounded |= under_way.valid_until.is_none();
                     if planted!(self, LateClaimForgotten) {
                         waits.truncate(2);
@@ -436,6 +428,21 @@ impl Worker {
                     }
                     if planted!(self, LooksReplaced) {
                         self.claims.owned_at.clear();
+                    }
+                    if !planted!(self, LateLocksForgotten)
+                        && !planted!(self, LateClaimForgotten)
+                        && !planted!(self, LateLookAtLease)
+                        && !planted!(self, LooksReplaced)
+                    {
+                        // It may have its locks as late as it is valid, by a clock that was set back by as much as `G`: all
+                        // that is above may come that much later.
+                        let latest = timing.reclaim_grace() * 2 + timeout;
+                        let last = latest.max((left + latest).saturating_sub(timeout * 4));
+                        let mut wait = before(4);
+                        while wait < last {
+                            wait += self.look_step();
+                            waits.push(wait);
+                        }
                     }
                     // The looks for an earlier one stay due: what it left runs out earlier.
                     self.claims.owned_at.extend(waits.into_iter().map(|wait| self.now.after(wait)));
@@ -447,7 +454,6 @@ impl Worker {
 
     fn take(&mut self, under_way: &UnderWay, reply: ClaimReply) {
         self.store_answered(under_way.sent, reply.db_now);
-        self.claims.searched |= reply.searched_expired;
         if self.incarnation.as_ref().is_some_and(|known| *known != reply.incarnation) {
             if !planted!(self, EmbargoNever) {
                 self.embargo(EmbargoCause::NewIncarnation);
@@ -595,14 +601,27 @@ impl Worker {
         any
     }
 
-    /// **P10**: for one `L` no expired leases. Not extended, nor begun again before one search was made.
-    pub(super) fn embargo(&mut self, cause: EmbargoCause) {
-        if self.claims.searched || planted!(self, EmbargoAlways) {
-            self.claims.searched = false;
-            let length = if planted!(self, EmbargoAlways) { 12 } else { 1 };
-            self.claims.embargo_until = self.now.after(self.timing().lease() * length);
-            self.observe(Observation::Embargo(cause));
+    /// **P10**: an outage is over. It extends no embargo: or calls that are lost now and then would keep orphans waiting.
+    pub(super) fn embargo_after_outage(&mut self) {
+        if self.claims.embargo_until <= self.now || planted!(self, EmbargoAlways) {
+            self.embargo(EmbargoCause::Outage);
         }
+    }
+
+    /// **P10**: for one `L` no expired leases.
+    fn embargo(&mut self, cause: EmbargoCause) {
+        if planted!(self, EmbargoOnce) && self.claims.embargo_until > Moment::default() {
+            return;
+        }
+        let length = if planted!(self, EmbargoAlways) { 12 } else { 1 };
+        self.claims.embargo_until = self.now.after(self.timing().lease() * length);
+        self.observe(Observation::Embargo(cause));
+    }
+
+    /// How far apart looks are for what may commit at any time with four tries left of its lease: one of them is left at
+    /// least for each thing that is still to be done then.
+    fn look_step(&self) -> Duration {
+        self.timing().store_timeout().max(self.timing().lease() / 16)
     }
 
     pub(super) fn owned_due_at(&self) -> Option<Moment> {
@@ -637,12 +656,7 @@ impl Worker {
                 self.claims.look_failures = 0;
                 self.store_answered(sent, reply.db_now);
                 if self.claims.unbounded && self.claims.owned_at.is_empty() && self.drain.is_none() {
-                    // Whenever it is applied, four tries are left before what it took runs out.
-                    let timing = self.timing();
-                    let (timeout, left) =
-                        (timing.store_timeout(), timing.lease().saturating_sub(timing.fence_margin()));
-                    let pause = left.saturating_sub(timeout * 4).max(timeout);
-                    self.claims.owned_at.insert(self.now.after(pause));
+                    self.claims.owned_at.insert(self.now.after(self.look_step()));
                 }
                 for key in reply.keys {
                     if !self.leases.contains_key(&key) && !self.settles.gave_up(key) {

@@ -171,13 +171,6 @@ struct DbReading {
     db: DbTime,
 }
 
-/// A run of store calls that failed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-struct Outage {
-    first_sent: Moment,
-    last_failed: Moment,
-}
-
 /// The earlier of two moments, of which either may never come.
 fn earlier(one: Option<Moment>, other: Option<Moment>) -> Option<Moment> {
     match (one, other) {
@@ -217,7 +210,8 @@ pub struct Worker {
     drain: Option<drain::Drain>,
 
     db: Option<DbReading>,
-    outage: Option<Outage>,
+    /// When the first of the calls was sent that have failed since the store answered.
+    failing_since: Option<Moment>,
     incarnation: Option<Incarnation>,
     ended: Option<Ended>,
 }
@@ -248,7 +242,7 @@ impl Worker {
             claims: claims::Claims::new(now),
             drain: None,
             db: None,
-            outage: None,
+            failing_since: None,
             incarnation: None,
             ended: None,
         }
@@ -332,6 +326,12 @@ impl Worker {
     /// Requests open, those being aborted included.
     pub fn open(&self) -> u32 {
         self.open
+    }
+
+    /// The fence of a lease whose request may start or is open: renewals move it on while the driver connects (rule P4).
+    pub fn start_before(&self, key: LeaseKey) -> Option<Moment> {
+        let held = self.leases.get(&key).filter(|held| held.phase == Phase::Open)?;
+        Some(self.fence_at(held.confirmed))
     }
 
     fn timing(&self) -> &Timing {
@@ -556,11 +556,11 @@ impl Worker {
             }
         }
         self.db = Some(DbReading { sent, received: self.now, db });
-        if let Some(outage) = self.outage.take() {
-            self.observe(Observation::StoreRecovered { after: self.now.since(outage.first_sent) });
-            let lasted = outage.last_failed.since(outage.first_sent);
-            if lasted >= self.timing().heartbeat() && !planted!(self, OutageForgotten) {
-                self.embargo(super::io::EmbargoCause::Outage);
+        // One sent before says nothing of the time since.
+        if let Some(since) = self.failing_since.take_if(|since| *since <= sent) {
+            self.observe(Observation::StoreRecovered { after: self.now.since(since) });
+            if sent.since(since) >= self.timing().heartbeat() && !planted!(self, OutageForgotten) {
+                self.embargo_after_outage();
             }
         }
     }
@@ -569,8 +569,7 @@ impl Worker {
         if !matches!(fault, StoreFault::Permanent { .. }) {
             // Whatever kept this call from its answer, a store that has answered one sent later was not down.
             let sent = self.db.map_or(sent, |last| sent.max(last.sent));
-            let first_sent = self.outage.map_or(sent, |outage| outage.first_sent.min(sent));
-            self.outage = Some(Outage { first_sent, last_failed: self.now });
+            self.failing_since = Some(self.failing_since.map_or(sent, |since| since.min(sent)));
         }
         self.observe(Observation::StoreCallFailed { call, fault, keys });
     }

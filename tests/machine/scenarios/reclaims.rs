@@ -71,7 +71,15 @@ fn a_call_without_an_answer_beside_one_with_an_answer_is_no_outage() {
             }
         }
         bed.give(Input::Claimed { request: Bed::request_of(&claim), reply: Err(unknown()) });
-        bed.answer_all();
+        for action in std::mem::take(&mut bed.pending) {
+            let request = Bed::request_of(&action);
+            if matches!(action, Action::Renew(..)) && !others {
+                bed.give(Input::Renewed { request, reply: Err(unknown()) });
+            } else {
+                bed.answer(action);
+            }
+        }
+        bed.run(SECOND);
         bed.seen.contains(&Observation::Embargo(EmbargoCause::Outage))
     };
     assert!(!embargo(true), "its renewals were answered");
@@ -125,16 +133,84 @@ fn only_one_event_on_probation_is_held() {
     assert!(open.iter().any(|key| key.row.0 == 4), "innocents go on");
 }
 
+/// Lets a worker be whose calls all fail.
+fn fail(bed: &mut Bed, duration: Duration) {
+    let until = bed.now.after(duration);
+    while bed.now < until {
+        bed.now = bed.worker.next_wakeup().expect("it polls").clamp(bed.now, until);
+        bed.wake();
+        while let Some(action) = bed.pending.pop() {
+            let request = Bed::request_of(&action);
+            bed.give(Input::Claimed { request, reply: Err(StoreFault::NotApplied { error: "down".into() }) });
+        }
+    }
+}
+
+/// Lets a worker be, and says whether it searched for expired leases.
+fn searches(bed: &mut Bed, duration: Duration) -> bool {
+    let (mut searched, until) = (false, bed.now.after(duration));
+    while bed.now < until {
+        bed.now = bed.worker.next_wakeup().expect("it polls").clamp(bed.now, until);
+        bed.wake();
+        while let Some(action) = bed.pending.pop() {
+            searched |= matches!(&action, Action::Claim(_, claim) if claim.terms.expired);
+            bed.answer(action);
+        }
+    }
+    searched
+}
+
+fn embargoes(bed: &Bed) -> usize {
+    bed.seen.iter().filter(|seen| matches!(seen, Observation::Embargo(_))).count()
+}
+
 #[test]
-fn an_embargo_is_not_extended_before_a_search_was_made() {
+fn a_new_incarnation_begins_the_embargo_anew() {
     let mut bed = Bed::new(settings());
     bed.run(5 * SECOND);
     bed.incarnation = 2;
     bed.run(20 * SECOND);
     bed.incarnation = 3;
     bed.run(5 * SECOND);
-    let embargoes = bed.seen.iter().filter(|seen| matches!(seen, Observation::Embargo(_))).count();
-    assert_eq!(embargoes, 1);
+    assert_eq!(embargoes(&bed), 2);
+}
+
+/// No search was made between them, and none may be made at once.
+#[test]
+fn an_embargo_that_ends_in_an_outage_is_followed_by_another() {
+    let mut bed = Bed::new(settings());
+    bed.run(5 * SECOND);
+    fail(&mut bed, 11 * SECOND);
+    bed.run(20 * SECOND);
+    fail(&mut bed, 11 * SECOND);
+    assert!(!searches(&mut bed, 29 * SECOND), "the holders' turn");
+    assert_eq!(embargoes(&bed), 2);
+    assert!(searches(&mut bed, 3 * SECOND));
+}
+
+/// One failed call in a long interval is as long an outage as any.
+#[test]
+fn an_outage_lasts_until_the_call_that_finds_the_store_back() {
+    let long = Limits { poll_interval: 15 * SECOND, ..limits() };
+    let settings = WorkerSettings::parse(timing(30 * SECOND), long, retry(), 7).expect("sound settings");
+    let mut bed = Bed::new(settings);
+    bed.run(5 * SECOND);
+    let one_poll = bed.worker.next_wakeup().expect("it polls").since(bed.now).saturating_add(MS);
+    fail(&mut bed, one_poll);
+    bed.run(20 * SECOND);
+    assert_eq!(embargoes(&bed), 1);
+}
+
+/// Or calls that are lost now and then would keep orphans waiting for ever.
+#[test]
+fn another_outage_does_not_extend_an_embargo() {
+    let mut bed = Bed::new(settings());
+    bed.run(5 * SECOND);
+    fail(&mut bed, 11 * SECOND);
+    bed.run(10 * SECOND);
+    fail(&mut bed, 11 * SECOND);
+    bed.run(4 * SECOND);
+    assert_eq!(embargoes(&bed), 1);
     // 25 s of 30 s have passed: an orphan is found soon after the rest.
     bed.add(1, "http://a");
     let terms = leasehold::machine::ClaimTerms {

@@ -155,7 +155,7 @@ fn what_the_very_first_claim_may_take_at_any_time_is_looked_for_ever_after() {
     assert_eq!(bed.row(1).reclaims, 0, "before it ran out");
 }
 
-/// However late it is applied, there is a look with four tries left before what it took runs out.
+/// However late it is applied and commits, there is a look before what it took has run out.
 #[test]
 fn looks_for_what_the_very_first_claim_took_come_as_often_as_its_lease_asks_for() {
     let mut bed = Bed::new(settings());
@@ -172,7 +172,7 @@ fn looks_for_what_the_very_first_claim_took_come_as_often_as_its_lease_asks_for(
         bed.now = bed.now.max(bed.worker.next_wakeup().expect("it polls"));
         bed.wake();
     }
-    assert_eq!(looks, [0, 5, 7, 17, 30, 37, 44, 51]);
+    assert_eq!(looks, [0, 5, 7, 12, 17, 22, 30, 35, 40, 45, 50]);
 }
 
 #[test]
@@ -258,11 +258,11 @@ fn while_a_look_fails_nothing_is_claimed() {
 fn looks_for_what_an_unknown_claim_left_come_while_it_can_be_given_back_and_once_it_may_no_longer_begin() {
     let seconds = |at: f64| Duration::from_secs_f64(at);
     for (grace, looks) in [
-        // At once, again since that fails, after `R`, four and two tries before its leases may run out, after `L`.
-        (3.0, vec![0.0, 0.01, 5.0, 7.0, 17.0, 30.0]),
-        (12.5, vec![0.0, 0.01, 5.0, 7.0, 17.0, 30.0]),
-        // And after `2G + R`.
-        (13.0, vec![0.0, 0.01, 5.0, 7.0, 17.0, 30.0, 31.0]),
+        // At once, again since that fails, after `R`, four and two tries before its leases may run out, after `L`; and every
+        // `R` until they are four tries from that if it had its locks after `2G + R`.
+        (3.0, vec![0.0, 0.01, 5.0, 7.0, 12.0, 17.0, 22.0, 30.0]),
+        (12.5, vec![0.0, 0.01, 5.0, 7.0, 12.0, 17.0, 22.0, 27.0, 30.0, 32.0, 37.0]),
+        (13.0, vec![0.0, 0.01, 5.0, 7.0, 12.0, 17.0, 22.0, 27.0, 30.0, 32.0, 37.0, 42.0]),
     ] {
         let raw = RawTiming {
             lease: 30 * SECOND,
