@@ -125,7 +125,8 @@ pub fn generate(seed: u64, profile: Profile) -> Schedule {
     let mut pace = make_pace(&mut Rng::new(seed, "pace of things"), profile, lease, timeout);
     pace.hints = Rng::new(seed, "hints").percent(20);
     let mut slow = Rng::new(seed, "slow connects");
-    if slow.percent(5) {
+    // A killing event that is retried between its kills is off probation each time.
+    if slow.percent(5) && profile != Profile::Poison {
         pace.connect = slow.within(lease / 2, 2 * lease);
     }
     if Rng::new(seed, "until empty").percent(5) {

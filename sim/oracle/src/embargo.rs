@@ -77,9 +77,11 @@ impl Oracle {
                 Some(true) | None => after.unsure = after.unsure.max(Some(now)),
             }
         }
-        let returned = self.returns.last().is_some_and(|last| last.at <= sent);
-        if lane == Lane::Claim && returned && outage.returns < self.returns.len() {
-            after.returns = self.returns.len();
+        if lane == Lane::Claim && outage.returns < self.returns.len() {
+            // It may have been sent to the one server and answered by the other.
+            if self.returns.last().is_some_and(|last| last.at <= sent) {
+                after.returns = self.returns.len();
+            }
             after.unsure = after.unsure.max(Some(now));
         }
         self.workers[worker as usize].outage = after;
