@@ -6,6 +6,9 @@ use crate::fact::{Down, Lane, Micros, Status};
 use crate::ledger::{Call, Event, LaneBook, NONE, Worker};
 use crate::{Oracle, Sometimes, Verdict, ensure};
 
+/// A real driver may see a signal somewhat later than it came.
+const TOLD: u64 = 20_000;
+
 /// How many leases a statement renews at most (rule P5).
 const MOST_RENEWED: u32 = 1_000;
 
@@ -171,13 +174,15 @@ impl Oracle {
     pub(crate) fn call_sent(&mut self, worker: u32, call: u32, lane: Lane, renews: u32) -> Verdict {
         debug_assert_eq!(call as usize, self.calls.len(), "calls are numbered in order");
         let cut_off = self.is_cut_off(worker);
+        let now = self.now;
         let book = &mut self.workers[worker as usize];
         let sent_local = book.clock.at(self.now);
         self.calls.push(Call { lane, sent: self.now, sent_local, over: false, cut_off, applied: NONE });
         if lane == Lane::Claim {
             book.claimed_at = self.now;
-            let draining = book.drain_began.is_some();
-            ensure!(self, L4, !draining, "worker {worker} claims, though it drains");
+            let draining = book.drain_began.map(|began| now - began - book.stopped_between(began, now));
+            let told = draining.is_none_or(|since| since <= TOLD);
+            ensure!(self, L4, told, "worker {worker} claims, though it drains");
         }
         let book = &mut self.workers[worker as usize];
         let under_way = &mut book.lanes[lane.number()].under_way;
