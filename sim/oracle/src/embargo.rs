@@ -28,6 +28,8 @@ pub(crate) struct Outage {
     /// When one may have begun of which this is not sure, or that came of another incarnation: no other is begun while one
     /// lasts.
     unsure: Option<Micros>,
+    /// A call was refused for good: an answer that the worker does not take for the end of an outage.
+    refused: bool,
     /// How many of the database's returns a claim has shown it.
     returns: usize,
 }
@@ -67,7 +69,7 @@ impl Oracle {
         if outage.missed.is_none_or(|first| first <= sent) {
             after.missed = None;
             let mut begun = outage.unsure.into_iter().chain(outage.over);
-            let clear = begun.all(|began| now >= self.embargo_is_over(worker, began));
+            let clear = !outage.refused && begun.all(|began| now >= self.embargo_is_over(worker, began));
             match self.away_for_long(worker, sent) {
                 Some(false) => {}
                 Some(true) if clear => {
@@ -90,12 +92,11 @@ impl Oracle {
     /// When an embargo that began then is surely over.
     fn embargo_is_over(&self, worker: u32, began: Micros) -> Micros {
         let error = self.clock_error(worker, began) + self.workers[worker as usize].set_back + LOOSE;
-        began.saturating_add(self.terms_of(worker).lease + error)
+        began + self.terms_of(worker).lease + error
     }
 
-    /// A refusal for good is an answer that the worker does not take for the end of an outage.
     pub(crate) fn call_refused(&mut self, worker: u32) {
-        self.workers[worker as usize].outage.unsure = Some(Micros::MAX);
+        self.workers[worker as usize].outage.refused = true;
     }
 
     /// Whether a worker's claim takes an expired lease that rule P10 keeps it from.
