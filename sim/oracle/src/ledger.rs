@@ -135,6 +135,8 @@ pub(crate) struct Worker {
     pub(crate) met_store: Option<Micros>,
     /// When it sent its last claim.
     pub(crate) claimed_at: Micros,
+    /// When something last went wrong for it that may delay its claims.
+    pub(crate) quiet_since: Micros,
 }
 
 impl Worker {

@@ -33,7 +33,8 @@ impl Oracle {
         };
         let ready = ready.filter(|_| self.roomy && self.db_up);
         ready.filter_map(move |worker| {
-            Some((worker, worker.met_store?.max(settled(worker)).max(self.quiet_since)))
+            let quiet = self.quiet_since.max(worker.quiet_since);
+            Some((worker, worker.met_store?.max(settled(worker)).max(quiet)))
         })
     }
 

@@ -36,6 +36,7 @@ impl Oracle {
             unsure: false,
             met_store: None,
             claimed_at: 0,
+            quiet_since: 0,
         });
         Ok(())
     }
@@ -43,7 +44,7 @@ impl Oracle {
     pub(crate) fn worker_stopped(&mut self, worker: u32) -> Verdict {
         let now = self.now;
         self.workers[worker as usize].stopped_since.get_or_insert(now);
-        self.quiet_since = now;
+        self.workers[worker as usize].quiet_since = now;
         Ok(())
     }
 
@@ -56,7 +57,7 @@ impl Oracle {
                 self.stats.saw(Sometimes::StopBeyondLease);
             }
         }
-        self.quiet_since = self.now;
+        self.workers[worker as usize].quiet_since = self.now;
         Ok(())
     }
 
@@ -78,7 +79,7 @@ impl Oracle {
             book.worst_ppm = book.worst_ppm.max(u64::from(ppm.unsigned_abs()));
         }
         book.clock = LocalClock::new(self.now, local, ppm);
-        self.quiet_since = self.now;
+        self.workers[worker as usize].quiet_since = self.now;
         Ok(())
     }
 
@@ -251,11 +252,12 @@ impl Oracle {
         if lane_book.misses >= 2 {
             lane_book.double_miss = Some(now);
         }
+        // A renewal that waits for a row has no answer for as long as somebody keeps that.
         if lane != Lane::RenewAlone {
+            holder.quiet_since = now;
             holder.last_miss = Some(now);
         }
         holder.unsure |= lane == Lane::Claim;
-        self.quiet_since = now;
         Ok(())
     }
 }
