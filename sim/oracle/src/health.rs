@@ -10,6 +10,9 @@ use crate::{Invariant, Oracle, Sometimes, Verdict, ensure};
 pub(crate) const OVERLAP: &[Excuse] =
     &[Excuse::Stopped, Excuse::ClockWrong, Excuse::DbStepped, Excuse::CommitLost, Excuse::Impossible];
 
+/// Of these, what may be seen by whoever has the event later: it can't cause an overlap by what it does itself.
+pub(crate) const NEWER: &[Excuse] = &[Excuse::DbStepped, Excuse::CommitLost, Excuse::Impossible];
+
 /// Whoever takes a lease that ran out: its `G`, when its statement began, and when that had the row's lock.
 #[derive(Clone, Copy)]
 pub(crate) struct Taker {

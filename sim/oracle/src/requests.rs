@@ -1,6 +1,7 @@
 //! Requests as the world sees them: **S3**, **S4**, **S6**, **S9**.
 
 use crate::fact::{Down, End};
+use crate::health::{NEWER, OVERLAP};
 use crate::ledger::{NONE, UNKNOWN, entry};
 use crate::violation::Excuse;
 use crate::{Oracle, Sometimes, Verdict, ensure};
@@ -82,8 +83,9 @@ impl Oracle {
             while other != NONE {
                 let open = &self.leases[other as usize];
                 if open.open {
-                    let excused =
-                        open.worker != worker && (self.overlap_excused(other) || self.overlap_excused(lease));
+                    let (older, newer) = if open.token < token { (other, lease) } else { (lease, other) };
+                    let excused = open.worker != worker
+                        && (self.overlap_excused(older, OVERLAP) || self.overlap_excused(newer, NEWER));
                     ensure!(
                         self,
                         S4,

@@ -3,7 +3,7 @@
 use crate::fact::{Answer, DbMicros, Down, Micros, Settle, Spent, Status};
 use crate::health::Taker;
 use crate::ledger::{Event, Lease, Link, NONE, UNKNOWN, entry};
-use crate::violation::Excuses;
+use crate::violation::{Excuse, Excuses};
 use crate::waits::LATE;
 use crate::{Change, Invariant, Oracle, RowState, Sometimes, Verdict, ensure};
 
@@ -582,10 +582,10 @@ impl Oracle {
         self.events[event as usize].exists = false;
     }
 
-    /// Whether an overlap of requests is one that ARCHITECTURE.md names, by either holder's doing.
-    pub(crate) fn overlap_excused(&self, lease: u32) -> bool {
+    /// Whether an overlap of requests is one that ARCHITECTURE.md names, of these causes.
+    pub(crate) fn overlap_excused(&self, lease: u32, causes: &[Excuse]) -> bool {
         let excuses = self.excuses(&self.leases[lease as usize], None);
         let lost = self.leases[lease as usize].lost;
-        !(excuses.among(crate::health::OVERLAP).none() && lost.among(crate::health::OVERLAP).none())
+        !(excuses.among(causes).none() && lost.among(causes).none())
     }
 }
