@@ -189,8 +189,9 @@ impl Oracle {
                 Ok(())
             }
             Fact::LockDropped { event, since, left } => {
-                // Claims that lock and leave what is due, one after the other, are no excuse for not taking it.
-                let least = if left { self.longest_poll() } else { LONG };
+                // Claims that lock and leave what is due, one after the other, are no excuse for not taking it. A claim that
+                // fails is, for others that came by meanwhile.
+                let least = if left { self.longest_poll() } else { 0 };
                 let since = self.lock_over(event, since, least);
                 self.note_lock(event, since);
                 Ok(())
