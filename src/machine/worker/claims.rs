@@ -620,8 +620,8 @@ impl Worker {
         self.observe(Observation::Embargo(cause));
     }
 
-    /// How far apart looks are for what may commit at any time with four tries left of its lease: one of them is left at
-    /// least for each thing that is still to be done then.
+    /// How far apart looks are for leases that may appear at any time: of one that commits with four tries left, three are
+    /// left when it is found, or fewer where `R` is less than `L/16`.
     fn look_step(&self) -> Duration {
         self.timing().store_timeout().max(self.timing().lease() / 16)
     }
