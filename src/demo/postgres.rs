@@ -59,10 +59,11 @@ pub(super) async fn start(folder: &Path) -> anyhow::Result<Server> {
         .context("postgres could not be started")?;
     let url =
         format!("postgres://postgres@localhost:{PORT}/postgres?host={}&sslmode=disable", home.display());
+    let server = Server { child, url };
     for _ in 0..200 {
         let pid = std::fs::read_to_string(data.join("postmaster.pid")).unwrap_or_default();
         if pid.lines().nth(7).is_some_and(|line| line.trim() == "ready") {
-            return Ok(Server { child, url });
+            return Ok(server);
         }
         sleep(Duration::from_millis(50)).await;
     }
@@ -80,6 +81,25 @@ impl Server {
         if let Some(pid) = self.child.id().and_then(|pid| rustix::process::Pid::from_raw(pid.cast_signed())) {
             let _ = rustix::process::kill_process(pid, rustix::process::Signal::INT);
             let _ = tokio::time::timeout(Duration::from_secs(10), self.child.wait()).await;
+        }
+    }
+}
+
+impl Drop for Server {
+    /// Immediate shutdown (SIGQUIT). Killed itself, it would leave a session behind that waits for a lock of another one
+    /// which is gone: such a wait does not notice the server's death.
+    fn drop(&mut self) {
+        let Some(pid) = self.child.id().and_then(|pid| rustix::process::Pid::from_raw(pid.cast_signed()))
+        else {
+            return;
+        };
+        let _ = rustix::process::kill_process(pid, rustix::process::Signal::QUIT);
+        // It kills after 5 s what has not ended by then.
+        for _ in 0..300 {
+            if !matches!(self.child.try_wait(), Ok(None)) {
+                return;
+            }
+            std::thread::sleep(Duration::from_millis(20));
         }
     }
 }
