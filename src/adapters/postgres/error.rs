@@ -82,6 +82,8 @@ mod tests {
             ("57P03", "unknown"),     // cannot_connect_now
             ("08006", "unknown"),     // connection_failure
             ("57014", "not applied"), // query_canceled, statement_timeout included
+            ("25P04", "unknown"),     // transaction_timeout
+            ("57P04", "unknown"),     // database dropped
             ("25P03", "not applied"), // idle_in_transaction_session_timeout
             ("40001", "not applied"), // serialization_failure
             ("40P01", "not applied"), // deadlock_detected

@@ -2,40 +2,79 @@
 
 use super::*;
 
+/// Lets a worker be whose claims all fail. Whichever finds the store back, it must take no expired lease.
+fn fail(bed: &mut Bed, duration: Duration) {
+    let (mut failed, until) = (false, bed.now.after(duration));
+    while bed.now < until {
+        bed.now = bed.worker.next_wakeup().expect("it polls").clamp(bed.now, until);
+        bed.wake();
+        while let Some(action) = bed.pending.pop() {
+            assert!(!failed || !is_search(&action), "it searches while claims fail");
+            failed = true;
+            let request = Bed::request_of(&action);
+            bed.give(Input::Claimed { request, reply: Err(StoreFault::NotApplied { error: "down".into() }) });
+        }
+    }
+}
+
+/// Lets a worker be, and says whether it searched for expired leases.
+fn searches(bed: &mut Bed, duration: Duration) -> bool {
+    let (mut searched, until) = (false, bed.now.after(duration));
+    while bed.now < until {
+        bed.now = bed.worker.next_wakeup().expect("it polls").clamp(bed.now, until);
+        bed.wake();
+        searched |= bed.pending.iter().any(is_search);
+        bed.answer_all();
+    }
+    searched
+}
+
+fn is_search(action: &Action) -> bool {
+    matches!(action, Action::Claim(_, claim) if claim.terms.expired)
+}
+
+fn embargoes(bed: &Bed) -> usize {
+    bed.seen.iter().filter(|seen| matches!(seen, Observation::Embargo(_))).count()
+}
+
 #[test]
 fn expired_leases_wait_one_lease_after_an_outage() {
     let mut bed = Bed::new(settings());
     bed.run(10 * SECOND);
-    let (down, mut failed) = (bed.now, 0);
-    while bed.now.since(down) < 11 * SECOND {
-        bed.now = bed.worker.next_wakeup().expect("it polls").max(bed.now);
-        bed.wake();
-        while let Some(action) = bed.pending.pop() {
-            let request = Bed::request_of(&action);
-            let searches = matches!(&action, Action::Claim(_, claim) if claim.terms.expired);
-            assert!(
-                !searches || failed == 0,
-                "whichever claim finds the store back, it takes no expired lease"
-            );
-            failed += 1;
-            bed.give(Input::Claimed { request, reply: Err(StoreFault::NotApplied { error: "down".into() }) });
-        }
-    }
-    let back = bed.now;
-    let mut searched_at = None;
-    while searched_at.is_none() {
-        bed.now = bed.worker.next_wakeup().expect("it polls").max(bed.now);
-        bed.wake();
-        while let Some(action) = bed.pending.pop() {
-            if matches!(&action, Action::Claim(_, claim) if claim.terms.expired) {
-                searched_at = Some(bed.now);
-            }
-            bed.answer(action);
-        }
-    }
+    fail(&mut bed, 11 * SECOND);
+    assert!(!searches(&mut bed, 30 * SECOND), "the holders' turn");
     assert!(bed.seen.contains(&Observation::Embargo(EmbargoCause::Outage)));
-    let waited = searched_at.map(|at| at.since(back)).expect("a search");
-    assert!(waited >= 30 * SECOND && waited < 31 * SECOND, "waited {waited:?}");
+    assert!(searches(&mut bed, SECOND), "and then it searches");
+}
+
+/// What was sent before the store went away may be answered after it did.
+#[test]
+fn a_reply_to_a_call_from_before_an_outage_does_not_end_it() {
+    let raw = RawTiming {
+        lease: 30 * SECOND,
+        heartbeat: Some(2 * SECOND),
+        store_timeout: Some(5 * SECOND),
+        fence_margin: None,
+        reclaim_grace: None,
+    };
+    let timing = Timing::parse(raw).expect("sound");
+    let mut bed = Bed::new(WorkerSettings::parse(timing, limits(), retry(), 7).expect("sound settings"));
+    bed.add(1, "http://a");
+    bed.run(SECOND);
+    let is_renewal = |action: &Action| matches!(action, Action::Renew(..));
+    while !bed.pending.iter().any(is_renewal) {
+        bed.answer_all();
+        bed.now = bed.now.max(bed.worker.next_wakeup().expect("it renews"));
+        bed.wake();
+    }
+    let at = bed.pending.iter().position(is_renewal).expect("it renews");
+    let renewal = bed.pending.remove(at);
+    bed.answer_all();
+    fail(&mut bed, 3 * SECOND / 2);
+    bed.answer(renewal);
+    fail(&mut bed, SECOND);
+    bed.run(SECOND / 2);
+    assert_eq!(embargoes(&bed), 1, "the store was away for more than H in all");
 }
 
 /// A renewal that waits for a row which somebody keeps locked goes without an answer for as long, beside others.
@@ -131,37 +170,6 @@ fn only_one_event_on_probation_is_held() {
     let open = bed.opened();
     assert_eq!(open.iter().filter(|key| key.row.0 <= 3).count(), 1);
     assert!(open.iter().any(|key| key.row.0 == 4), "innocents go on");
-}
-
-/// Lets a worker be whose calls all fail.
-fn fail(bed: &mut Bed, duration: Duration) {
-    let until = bed.now.after(duration);
-    while bed.now < until {
-        bed.now = bed.worker.next_wakeup().expect("it polls").clamp(bed.now, until);
-        bed.wake();
-        while let Some(action) = bed.pending.pop() {
-            let request = Bed::request_of(&action);
-            bed.give(Input::Claimed { request, reply: Err(StoreFault::NotApplied { error: "down".into() }) });
-        }
-    }
-}
-
-/// Lets a worker be, and says whether it searched for expired leases.
-fn searches(bed: &mut Bed, duration: Duration) -> bool {
-    let (mut searched, until) = (false, bed.now.after(duration));
-    while bed.now < until {
-        bed.now = bed.worker.next_wakeup().expect("it polls").clamp(bed.now, until);
-        bed.wake();
-        while let Some(action) = bed.pending.pop() {
-            searched |= matches!(&action, Action::Claim(_, claim) if claim.terms.expired);
-            bed.answer(action);
-        }
-    }
-    searched
-}
-
-fn embargoes(bed: &Bed) -> usize {
-    bed.seen.iter().filter(|seen| matches!(seen, Observation::Embargo(_))).count()
 }
 
 #[test]
