@@ -17,9 +17,9 @@ const IDS_IN_A_LINE: usize = 10;
 /// How often it is said that the same still fails.
 const AGAIN: Duration = Duration::from_secs(600);
 
-/// Calls of one kind that failed since the store last answered.
+/// Failures of one kind since it last worked.
 #[derive(Debug, Default)]
-struct Failures {
+pub(crate) struct Failures {
     number: u64,
     /// When it was last said aloud.
     said: Option<Instant>,
@@ -27,7 +27,7 @@ struct Failures {
 
 impl Failures {
     /// Another one: how many there are now, and whether it is to be said aloud.
-    fn another(&mut self, now: Instant) -> (u64, bool) {
+    pub(crate) fn another(&mut self, now: Instant) -> (u64, bool) {
         self.number += 1;
         let aloud = self.said.is_none_or(|said| now.duration_since(said) >= AGAIN);
         if aloud {

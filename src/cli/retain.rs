@@ -1,20 +1,19 @@
 //! Delivered events leave the table beside the worker: never in the way of a claim or a settle.
 
 use std::future::Future;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use tokio::time::{Instant, sleep, timeout};
+use tokio::time::{sleep, timeout};
 use tracing::{debug, warn};
 
 use super::store::Store;
 use crate::adapters::store::{Page, Retain, StoreError};
+use crate::adapters::telemetry::Failures;
 
 /// The most rows of one transaction.
 const PAGE: u32 = 2_000;
 /// Between pages of which little could be retired.
 const PAUSE: Duration = Duration::from_secs(2);
-/// How often it is said that the same still fails.
-const AGAIN: Duration = Duration::from_secs(600);
 
 /// Walks the table until it is dropped. A page that took longer than `store_timeout` is tried again with half its rows.
 pub(super) async fn retire(store: Store, retain: Retain, store_timeout: Duration) {
@@ -47,8 +46,7 @@ pub(super) async fn retire(store: Store, retain: Retain, store_timeout: Duration
 /// Something that is tried again and again.
 #[derive(Default)]
 struct Trial {
-    /// When it was last said that it fails.
-    said: Option<Instant>,
+    failures: Failures,
 }
 
 impl Trial {
@@ -60,15 +58,15 @@ impl Trial {
     ) -> Option<T> {
         let error = match timeout(bound, call).await {
             Ok(Ok(done)) => {
-                self.said = None;
+                self.failures = Failures::default();
                 return Some(done);
             }
             Ok(Err(error)) => error.to_string(),
             Err(_) => format!("no answer within store_timeout ({bound:?})"),
         };
-        if self.said.is_none_or(|said| said.elapsed() >= AGAIN) {
-            self.said = Some(Instant::now());
-            warn!(error, "{failed}");
+        let (failures, aloud) = self.failures.another(Instant::now());
+        if aloud {
+            warn!(error, failures, "{failed}");
         }
         None
     }
