@@ -102,12 +102,15 @@ bugs! {
     FenceNever, Place::Machine(Planted::FenceNever), S3, 2000, "fences are not checked";
     FenceWithoutMargin, Place::Machine(Planted::FenceWithoutMargin), S3, 2000, "the fence is the deadline, without the margin";
     FenceReleasesAtOnce, Place::Machine(Planted::FenceReleasesAtOnce), S6, 2000, "a lease is given back before its abort is confirmed";
+    ClockAheadIgnored, Place::Machine(Planted::ClockAheadIgnored), S3, 5000, "a database's clock that ran ahead fences nothing";
+    AbortSpends, Place::Machine(Planted::AbortSpends), S6, 1000, "a request that a fence broke off counts as a failed try";
     SettleOnce, Place::Machine(Planted::SettleOnce), S2, 2000, "an outcome whose settle failed is dropped";
     SettlesWhole, Place::Machine(Planted::SettlesWhole), L1, 5000, "a settle that the store can't answer in time is repeated as it was";
     SettleDelayRestarts, Place::Machine(Planted::SettleDelayRestarts), S6, 500, "the delay that is sent is too long by H";
     UnknownClaimForgotten, Place::Machine(Planted::UnknownClaimForgotten), S2, 2000, "after an unknown claim nothing is looked for";
     LateLookAtLease, Place::Machine(Planted::LateLookAtLease), S2, 5000, "after an unknown claim the looks are at once, after R and after L";
     LooksReplaced, Place::Machine(Planted::LooksReplaced), S2, 5000, "the looks for an unknown claim replace those for an earlier one";
+    ClaimsUnsure, Place::Machine(Planted::ClaimsUnsure), S9, 5000, "a worker claims before it knows what an unknown claim left";
     LateLocksForgotten, Place::Machine(Planted::LateLocksForgotten), S2, 5000, "after an unknown claim there is no look for one that has its locks as late as it is valid";
     LateClaimForgotten, Place::Machine(Planted::LateClaimForgotten), S2, 5000, "after an unknown claim there are two looks, soon";
     ClaimStopsAfterFailure, Place::Machine(Planted::ClaimStopsAfterFailure), L1, 2000, "a failed claim is the last one";
@@ -135,13 +138,15 @@ bugs! {
     DrainAbortsAtOnce, Place::Machine(Planted::DrainAbortsAtOnce), S2, 5000, "a drain breaks off what is open at once";
     DrainStopsRenewing, Place::Machine(Planted::DrainStopsRenewing), S2, 5000, "a worker that drains renews nothing";
     DrainKeepsQueue, Place::Machine(Planted::DrainKeepsQueue), L4, 1000, "a drain does not give back what was not started";
+    DrainReleasesDue, Place::Machine(Planted::DrainReleasesDue), S6, 1000, "what a drain broke off is due at once";
     RetryBeyondLimit, Place::Machine(Planted::RetryBeyondLimit), S6, 500, "the attempt limit is not looked at";
     FailBeforeLimit, Place::Machine(Planted::FailBeforeLimit), S6, 500, "an event fails one try early";
     RetryAfterIgnored, Place::Machine(Planted::RetryAfterIgnored), S6, 2000, "Retry-After is ignored";
     RetryAfterUncapped, Place::Machine(Planted::RetryAfterUncapped), S6, 2000, "Retry-After is not capped";
     BackoffStuck, Place::Machine(Planted::BackoffStuck), S6, 2000, "the backoff does not grow after the second try";
     BackoffOffByOne, Place::Machine(Planted::BackoffOffByOne), S6, 500, "the backoff is one doubling ahead";
+    DelayFromClaim, Place::Machine(Planted::DelayFromClaim), S6, 500, "the backoff counts from the claim";
     RedirectIsSuccess, Place::Machine(Planted::RedirectIsSuccess), S7, 2000, "3xx counts as delivered";
     UndeliverableRetried, Place::Machine(Planted::UndeliverableRetried), S6, 2000, "what can never be sent is retried";
-    ProbationTogether, Place::Machine(Planted::ProbationTogether), S6, 2000, "a worker takes several events on probation at a time";
+    ProbationTogether, Place::Machine(Planted::ProbationTogether), S9, 2000, "a worker takes several events on probation at a time";
 }

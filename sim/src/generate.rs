@@ -121,6 +121,7 @@ pub fn generate(seed: u64, profile: Profile) -> Schedule {
         commit_late(&mut Rng::new(seed, "late commits"), &mut events);
     }
     make_payloads(&mut Rng::new(seed, "payloads"), &mut events);
+    kill_more(&mut Rng::new(seed, "killers"), profile, &mut settings, &mut events);
     let timeout = settings.iter().map(|settings| settings.store_timeout).min().unwrap_or(S);
     let mut pace = make_pace(&mut Rng::new(seed, "pace of things"), profile, lease, timeout);
     pace.hints = Rng::new(seed, "hints").percent(20);
@@ -306,6 +307,20 @@ fn make_payloads(rng: &mut Rng, events: &mut [EventPlan]) {
                 _ => Payload::Small,
             };
         }
+    }
+}
+
+/// Several events that kill, which cost an innocent one a few run-outs each at the most; or no limit of run-outs.
+fn kill_more(rng: &mut Rng, profile: Profile, settings: &mut [Settings], events: &mut [EventPlan]) {
+    if profile == Profile::Poison && rng.percent(25) {
+        for _ in 0..rng.within(1, 2) {
+            let event = rng.below(events.len() as u64) as usize;
+            events[event].kills = events[event].kills.max(rng.within(5, 12) as u32);
+        }
+        settings.iter_mut().for_each(|settings| settings.reclaim_limit = rng.within(18, 24) as u32);
+    } else if rng.percent(10) && events.iter().all(|event| !event.cursed) {
+        events.iter_mut().for_each(|event| event.kills = event.kills.min(4));
+        settings.iter_mut().for_each(|settings| settings.reclaim_limit = 0);
     }
 }
 

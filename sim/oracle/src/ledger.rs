@@ -25,6 +25,12 @@ pub(crate) struct Lease {
     pub(crate) renewals: u32,
     /// The holder's clock when it sent the last confirmed claim or renewal.
     pub(crate) confirmed: i64,
+    /// Since when its holder knows of it.
+    pub(crate) known_since: Micros,
+    /// The holder's clock when it sent the claim.
+    pub(crate) asked_local: i64,
+    /// When its request was closed.
+    pub(crate) closed_at: Micros,
     pub(crate) open: bool,
     pub(crate) opened: bool,
     pub(crate) opened_at: Micros,
@@ -47,8 +53,20 @@ pub(crate) struct Lease {
     pub(crate) behind: bool,
     /// What excused its loss when it was taken.
     pub(crate) lost: Excuses,
+    /// Its holder may not count it: it committed after the claim was given up, or again after a failover, or its settle was
+    /// refused for good.
+    pub(crate) stray: bool,
+    /// Its holder may not know what it is of: the claim had no answer.
+    pub(crate) orphan: bool,
     /// The event's lease before this one.
     pub(crate) before: u32,
+}
+
+impl Lease {
+    /// Its holder knows it, and of what it is.
+    pub(crate) fn is_known(&self) -> bool {
+        !self.stray && !self.orphan
+    }
 }
 
 /// One event.
@@ -128,13 +146,20 @@ pub(crate) struct Worker {
     pub(crate) open_by_destination: Vec<u32>,
     /// Leases that the store shows under it.
     pub(crate) held: u32,
-    pub(crate) held_by_destination: Vec<u32>,
-    /// A claim went unanswered: the store may show more than it knows.
-    pub(crate) unsure: bool,
+    /// Of these those that it counts.
+    pub(crate) counted: u32,
+    /// And those of which it knows the destination.
+    pub(crate) counted_by_destination: Vec<u32>,
     /// A claim was answered: it knows the database.
     pub(crate) met_store: Option<Micros>,
     /// When it sent its last claim.
     pub(crate) claimed_at: Micros,
+    /// When it sent the last call whose answer told it the time.
+    pub(crate) told_at: Option<Micros>,
+    /// Since when the database's clock is ahead of its own by more than it may be, of which it has not been told.
+    pub(crate) ahead_since: Option<Micros>,
+    /// The same, and when it was told.
+    pub(crate) told_ahead: Option<(Micros, Micros)>,
     /// When something last went wrong for it that may delay its claims.
     pub(crate) quiet_since: Micros,
 }
@@ -145,6 +170,11 @@ impl Worker {
         let open = self.stopped_since.map(|since| (since, to));
         let stops = self.stops.iter().copied().rev().take_while(|(_, end)| *end > from);
         stops.chain(open).map(|(start, end)| end.min(to).saturating_sub(start.max(from))).sum()
+    }
+
+    /// Its clock has always run as true time does.
+    pub(crate) fn is_steady(&self) -> bool {
+        self.clock_steps.is_empty() && self.worst_ppm == 0
     }
 
     /// By how much its clock was stepped at or after `since`; a step back takes as long to make up for.

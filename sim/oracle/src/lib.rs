@@ -183,7 +183,7 @@ impl Oracle {
             Fact::SettleImpossible { worker, event, token } => {
                 if let Some(lease) = self.find(event, worker, token) {
                     self.leases[lease as usize].impossible = true;
-                    self.workers[worker as usize].unsure = true;
+                    self.forgotten(lease, true);
                     self.call_refused(worker);
                 }
                 Ok(())
@@ -225,6 +225,7 @@ impl Oracle {
             }
             Fact::DbStepped { by } => {
                 self.db_highest = self.db_highest.max(self.db.at(at));
+                self.ran_ahead(by);
                 self.db.step(at, by);
                 self.quiet_since = at;
                 if self.events.iter().any(|event| event.lease != NONE) {

@@ -62,7 +62,8 @@ impl Oracle {
                 );
                 return self.delay(call, lease, tries, end, delay);
             }
-            Settle::Release(_) => {
+            Settle::Release(delay) => {
+                self.check_release(call, lease, delay)?;
                 // A lost settle leaves a lease that its holder does not know any more.
                 let forgotten = self.last_loss.is_some_and(|at| at >= book.claimed_at);
                 ensure!(
@@ -73,6 +74,38 @@ impl Oracle {
                 );
             }
         }
+        Ok(())
+    }
+
+    /// **S6**, rule P8: what a drain broke off is given back with a delay of `G`, and nothing else with any.
+    fn check_release(&self, call: u32, lease: u32, delay: Option<u64>) -> Verdict {
+        let (book, call) = (&self.leases[lease as usize], &self.calls[call as usize]);
+        let (holder, terms) = (&self.workers[book.worker as usize], self.terms_of(book.worker));
+        let delayed = delay.is_some();
+        let event = book.event;
+        let drains = holder.drain_began.is_some();
+        ensure!(
+            self,
+            S6,
+            drains || !delayed,
+            "event {event} was given back with a delay by a worker that does not drain"
+        );
+        // It was broken off by nothing else if it was closed before the fence that it had from its claim on.
+        let fence = book.asked_local + terms.lease as i64 - terms.fence_margin as i64;
+        let unfenced = holder.is_steady()
+            && holder.clock.at(book.closed_at) < fence
+            && self.db.stepped_since(book.asked_at) == 0;
+        if !drains || !unfenced || !book.is_known() || !book.opened || book.end != Some(End::Closed) {
+            return Ok(());
+        }
+        let left = terms.reclaim_grace.saturating_sub(call.sent - book.closed_at);
+        ensure!(
+            self,
+            S6,
+            delayed && delay.unwrap_or(0) + 1 >= left && delay.unwrap_or(0) <= terms.reclaim_grace,
+            "event {event} was broken off by a drain and given back for {delay:?} us, allowed are {left} to {}",
+            terms.reclaim_grace
+        );
         Ok(())
     }
 

@@ -56,6 +56,7 @@ impl Oracle {
                 "worker {worker} opened a request for event {event} {past} us past the fence"
             );
         }
+        self.check_told(lease)?;
         let book = &self.leases[lease as usize];
         ensure!(
             self,
@@ -129,6 +130,7 @@ impl Oracle {
             holder.open -= 1;
             *entry(&mut holder.open_by_destination, destination) -= 1;
             self.check_closed(lease)?;
+            self.check_told(lease)?;
             if self.now - self.leases[lease as usize].opened_at > terms.lease {
                 self.stats.saw(Sometimes::OutlastedLease);
             }
@@ -137,6 +139,7 @@ impl Oracle {
         let book = &mut self.leases[lease as usize];
         book.open = false;
         book.end = Some(end);
+        book.closed_at = self.now;
         book.locked_to_end = book.locked_for + locked_now;
         if let End::Status(200..=299, _) = end {
             let row = &mut self.events[event as usize];
@@ -165,6 +168,28 @@ impl Oracle {
                 book.event
             );
         }
+        Ok(())
+    }
+
+    /// **S3**, rule P4: once a worker has seen that the database's clock ran ahead, what it knew of before is fenced.
+    fn check_told(&mut self, lease: u32) -> Verdict {
+        let book = &self.leases[lease as usize];
+        let (holder, margin) = (&self.workers[book.worker as usize], self.terms_of(book.worker).fence_margin);
+        let told = holder.told_ahead.filter(|(since, _)| book.known_since < *since);
+        let Some((since, told)) = told else { return Ok(()) };
+        let closing = if book.open { margin / 2 + 1_000 } else { 0 };
+        let late = self.now > told + closing + holder.stopped_between(told, self.now);
+        ensure!(
+            self,
+            S3,
+            !late,
+            "the request of worker {} for event {} is open {} us after the worker saw that the database's clock had run \
+             ahead {} us before that",
+            book.worker,
+            book.event,
+            self.now - told,
+            told - since
+        );
         Ok(())
     }
 

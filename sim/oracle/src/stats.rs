@@ -27,6 +27,8 @@ named! {
         ReclaimWhileOpen = "an event was reclaimed while a request was open",
         /// Two requests for one event were open.
         Overlap = "two requests for one event were open (excused)",
+        /// All leases were fenced.
+        ToldAhead = "a worker with open requests saw that the database's clock had run ahead",
         /// A request started past its fence after a stop.
         LateStart = "a stopped worker's request started past the fence (excused)",
         /// A request stayed open past its fence through a stop.

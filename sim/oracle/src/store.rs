@@ -179,20 +179,42 @@ impl Oracle {
         book.freed_at = self.now;
         let lease = std::mem::replace(&mut book.lease, NONE);
         if lease != NONE {
-            let destination = book.destination;
-            let holder = &mut self.workers[self.leases[lease as usize].worker as usize];
-            holder.held -= 1;
-            *entry(&mut holder.held_by_destination, destination) -= 1;
+            self.count_held(lease, -1);
         }
     }
 
     fn lease_to(&mut self, event: u32, lease: u32, until: DbMicros) {
         let book = &mut self.events[event as usize];
         (book.lease, book.until) = (lease, until);
-        let destination = book.destination;
-        let holder = &mut self.workers[self.leases[lease as usize].worker as usize];
-        holder.held += 1;
-        *entry(&mut holder.held_by_destination, destination) += 1;
+        self.count_held(lease, 1);
+    }
+
+    fn count_held(&mut self, lease: u32, by: i32) {
+        let book = &self.leases[lease as usize];
+        let destination = self.events[book.event as usize].destination;
+        let holder = &mut self.workers[book.worker as usize];
+        let add = |count: &mut u32, counted: bool| {
+            if counted {
+                *count = count.saturating_add_signed(by);
+            }
+        };
+        add(&mut holder.held, true);
+        add(&mut holder.counted, !book.stray);
+        add(entry(&mut holder.counted_by_destination, destination), book.is_known());
+    }
+
+    /// What the holder of a lease knows of it is less from now on.
+    pub(crate) fn forgotten(&mut self, lease: u32, stray: bool) {
+        let event = self.leases[lease as usize].event;
+        let in_force = self.events[event as usize].lease == lease;
+        if in_force {
+            self.count_held(lease, -1);
+        }
+        let book = &mut self.leases[lease as usize];
+        (book.stray, book.orphan) = (book.stray || stray, true);
+        if in_force {
+            self.count_held(lease, 1);
+        }
     }
 
     pub(crate) fn claimed(&mut self, claim: Claim, token: i64, until: DbMicros, reclaimed: bool) -> Verdict {
@@ -266,6 +288,11 @@ impl Oracle {
             known,
             impossible: false,
             lost: Excuses::default(),
+            stray: self.calls[call as usize].over,
+            orphan: false,
+            asked_local: self.calls[call as usize].sent_local,
+            known_since: Micros::MAX,
+            closed_at: 0,
             locked_long: false,
             locked_for: 0,
             last_lock: (0, 0),
@@ -286,7 +313,22 @@ impl Oracle {
         }
         self.lease_to(event, lease, until);
         self.link(call, lease);
+        self.check_probation(lease)?;
         self.check_share(worker, event)
+    }
+
+    /// **S9**, rule P11: of events on probation a worker takes one at a time.
+    fn check_probation(&self, lease: u32) -> Verdict {
+        let Lease { event, worker, .. } = self.leases[lease as usize];
+        let on_probation = |event: &&Event| {
+            let book = (event.lease != NONE).then(|| &self.leases[event.lease as usize]);
+            event.reclaims >= PROBATION && book.is_some_and(|book| book.worker == worker && book.is_known())
+        };
+        if self.events[event as usize].reclaims >= PROBATION {
+            let held = self.events.iter().filter(on_probation).count();
+            ensure!(self, S9, held <= 1, "worker {worker} holds {held} events on probation");
+        }
+        Ok(())
     }
 
     /// **S9** as the store sees it.
@@ -294,12 +336,8 @@ impl Oracle {
         let terms = *self.terms_of(worker);
         let destination = self.events[event as usize].destination;
         let holder = &mut self.workers[worker as usize];
-        if holder.unsure || self.last_loss.is_some() {
-            self.stats.unchecked[Invariant::S9 as usize] += 1;
-            return Ok(());
-        }
         self.stats.checked[Invariant::S9 as usize] += 1;
-        let (held, there) = (holder.held, *entry(&mut holder.held_by_destination, destination));
+        let (held, there) = (holder.counted, *entry(&mut holder.counted_by_destination, destination));
         ensure!(
             self,
             S9,
@@ -571,6 +609,7 @@ impl Oracle {
         if let Some((worker, token)) = owner
             && let Some(lease) = self.find(event, worker, token)
         {
+            self.forgotten(lease, true);
             self.lease_to(event, lease, until);
         }
     }

@@ -3,7 +3,7 @@
 use crate::clock::LocalClock;
 use crate::embargo::Outage;
 use crate::fact::{Down, Lane, Micros, Status};
-use crate::ledger::{Call, Event, LaneBook, NONE, Worker};
+use crate::ledger::{Call, Event, LaneBook, Link, NONE, UNKNOWN, Worker};
 use crate::{Oracle, Sometimes, Verdict, ensure};
 
 /// A real driver may see a signal somewhat later than it came.
@@ -32,8 +32,11 @@ impl Oracle {
             open: 0,
             open_by_destination: Vec::new(),
             held: 0,
-            held_by_destination: Vec::new(),
-            unsure: false,
+            counted: 0,
+            counted_by_destination: Vec::new(),
+            told_at: None,
+            ahead_since: None,
+            told_ahead: None,
             met_store: None,
             claimed_at: 0,
             quiet_since: 0,
@@ -127,17 +130,13 @@ impl Oracle {
         let mine = |event: &&Event| event.lease != NONE && self.leases[event.lease as usize].worker == worker;
         let kept = self.events.iter().filter(mine).all(|event| {
             let lease = &self.leases[event.lease as usize];
-            event.locked_since.is_some()
-                || event.restored_at.is_some()
-                || lease.locked_long
-                || lease.impossible
+            event.locked_since.is_some() || event.restored_at.is_some() || lease.locked_long || lease.stray
         });
         // An abort may take half of `M`, and then there must be time for a settle.
         let in_time = self.terms_of(worker).fence_margin / 2 <= timeout;
         let troubled = self.slow_rows
             || !in_time
             || kept
-            || book.unsure
             || book.stopped_between(began.saturating_sub(timeout), self.now) > 0
             || self.clock_error(worker, 0) > 0
             || book.last_miss.is_some_and(|at| at + timeout >= began);
@@ -211,6 +210,9 @@ impl Oracle {
         while applied != NONE {
             let link = self.links[applied as usize];
             let lease = &mut self.leases[link.lease as usize];
+            if lease.confirmed == UNKNOWN {
+                lease.known_since = self.now;
+            }
             lease.confirmed = lease.confirmed.max(sent_local);
             lease.locked_for = 0;
             applied = link.next;
@@ -232,7 +234,41 @@ impl Oracle {
         if lane == Lane::Claim {
             holder.met_store.get_or_insert(now);
         }
+        self.told_the_time(worker, lane, sent);
         Ok(())
+    }
+
+    /// Rule P4: the database's clock is being stepped. Ahead by more than `M` and two round trips, no reply hides it from a
+    /// worker that knew the time before.
+    pub(crate) fn ran_ahead(&mut self, by: i64) {
+        for worker in 0..self.workers.len() as u32 {
+            let terms = *self.terms_of(worker);
+            let book = &mut self.workers[worker as usize];
+            let before = book.told_at.is_some_and(|at| self.db.stepped_since(at) == 0);
+            let plain = before && book.ahead_since.is_none() && book.is_steady();
+            let least = terms.fence_margin + 2 * terms.store_timeout;
+            book.ahead_since = (plain && by > least as i64).then_some(self.now);
+        }
+    }
+
+    /// A reply to a call that was sent after the step shows it. One to a settle may be a refusal, which shows no time.
+    fn told_the_time(&mut self, worker: u32, lane: Lane, sent: Micros) {
+        if lane == Lane::Settle {
+            return;
+        }
+        let book = &mut self.workers[worker as usize];
+        book.told_at = book.told_at.max(Some(sent));
+        if let Some(since) = book.ahead_since
+            && since < sent
+        {
+            book.ahead_since = None;
+            if book.is_steady() && book.stopped_between(since, self.now) == 0 {
+                book.told_ahead = Some((since, self.now));
+                if book.open > 0 {
+                    self.stats.saw(Sometimes::ToldAhead);
+                }
+            }
+        }
     }
 
     pub(crate) fn call_failed(&mut self, worker: u32, call: u32) -> Verdict {
@@ -257,7 +293,19 @@ impl Oracle {
             holder.quiet_since = now;
             holder.last_miss = Some(now);
         }
-        holder.unsure |= lane == Lane::Claim;
+        if lane == Lane::Claim {
+            self.forget_claim(call);
+        }
         Ok(())
+    }
+
+    /// A claim has no answer: its worker learns of what it took by a look.
+    fn forget_claim(&mut self, call: u32) {
+        let mut applied = self.calls[call as usize].applied;
+        while applied != NONE {
+            let Link { lease, next } = self.links[applied as usize];
+            self.forgotten(lease, false);
+            applied = next;
+        }
     }
 }

@@ -246,7 +246,7 @@ impl Worker {
             || room == 0
             || self.settles.failing()
             // Who doesn't know what it owns claims nothing more, nor makes the next look wait.
-            || self.claims.look_failures > 0
+            || (self.claims.look_failures > 0 && !planted!(self, ClaimsUnsure))
             || self.renewal_overdue()
         {
             return None;

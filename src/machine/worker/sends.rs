@@ -139,6 +139,10 @@ impl Worker {
         if planted!(self, BackoffOffByOne) {
             return delay.max(retry.backoff(seed, key.row, number + 1));
         }
+        if planted!(self, DelayFromClaim) {
+            let claimed = self.leases.get(&key).map_or(self.now, |held| held.confirmed);
+            return delay.saturating_sub(self.now.since(claimed));
+        }
         if planted!(self, RetryAfterUncapped) && delay >= retry.retry_after_max && delay > retry.max {
             return delay * 2;
         }
@@ -154,6 +158,10 @@ impl Worker {
                 self.observe(Observation::Fenced { key, open: false });
                 self.conclude(key, Outcome::Release { due: None, why: HeartbeatEnd::Fenced });
             }
+            Some(Phase::Aborting(Aborting::Fenced)) if planted!(self, AbortSpends) => {
+                let outcome = self.judge(key, AttemptResult::Errored { error: alloc::string::String::new() });
+                self.conclude(key, outcome);
+            }
             Some(Phase::Aborting(Aborting::Fenced)) => {
                 self.conclude(key, Outcome::Release { due: None, why: HeartbeatEnd::Fenced });
             }
@@ -162,7 +170,8 @@ impl Worker {
                 if let Some(drain) = &mut self.drain {
                     drain.aborted += 1;
                 }
-                let due = Some(self.now.after(self.timing().reclaim_grace()));
+                let due = self.now.after(self.timing().reclaim_grace());
+                let due = Some(due).filter(|_| !planted!(self, DrainReleasesDue));
                 self.conclude(key, Outcome::Release { due, why: HeartbeatEnd::Drained });
             }
             Some(Phase::Aborting(Aborting::Lost)) => self.drop_lease(key, HeartbeatEnd::Lost, None),
