@@ -53,6 +53,8 @@ pub(crate) struct Request {
     pub(crate) opened: bool,
     pub(crate) end: Option<End>,
     pub(crate) start_before: Moment,
+    /// When the machine wanted it.
+    pub(crate) asked: u64,
 }
 
 /// One start of a worker process.

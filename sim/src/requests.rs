@@ -42,7 +42,7 @@ impl World<'_> {
 
     /// The driver looks at its clock: the request starts, unless its fence has come, which renewals have moved on.
     pub(crate) fn check_start(&mut self, request: u32) {
-        let Request { worker, key, stage, start_before, .. } = self.requests[request as usize];
+        let Request { worker, key, stage, start_before, asked, .. } = self.requests[request as usize];
         if stage != Stage::Connecting {
             return;
         }
@@ -56,7 +56,7 @@ impl World<'_> {
             self.requests[request as usize].stage = Stage::Closing;
             return self.after(0, Happening::Driver(worker, Item::Closed(request)));
         }
-        self.emit(Fact::StartAllowed { worker, event: key.row.0 as u32, token: key.token.0 });
+        self.emit(Fact::StartAllowed { worker, event: key.row.0 as u32, token: key.token.0, asked });
         self.pause_at_send(worker, false);
         self.drive(worker, Item::Open(request));
     }
@@ -64,7 +64,17 @@ impl World<'_> {
     fn request(&mut self, worker: u32, key: LeaseKey, number: u32, start_before: Moment) -> u32 {
         let request = self.requests.len() as u32;
         let stage = Stage::Connecting;
-        self.requests.push(Request { worker, key, number, stage, opened: false, end: None, start_before });
+        let asked = self.now;
+        self.requests.push(Request {
+            worker,
+            key,
+            number,
+            stage,
+            opened: false,
+            end: None,
+            start_before,
+            asked,
+        });
         self.processes[worker as usize].requests.push(request);
         request
     }

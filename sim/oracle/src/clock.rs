@@ -28,6 +28,11 @@ impl LocalClock {
         self.local + passed + (passed * self.ppm).div_euclid(1_000_000)
     }
 
+    /// When it was last touched.
+    pub(crate) fn touched_at(&self) -> Micros {
+        self.since
+    }
+
     /// The first true time at which it shows at least `local`; `None` if it stands still before that.
     pub fn when(&self, local: i64) -> Option<Micros> {
         let ahead = local - self.local;

@@ -187,8 +187,8 @@ pub enum Fact {
     /// A transaction that had this row locked since then is over and left it as it was: it was rolled back, or it
     /// was a claim that `left` it.
     LockDropped { event: u32, since: Micros, left: bool },
-    /// A driver compared its clock with a lease's fence and lets a request start.
-    StartAllowed { worker: u32, event: u32, token: i64 },
+    /// A driver, told at `asked` to start a request, compared its clock with the lease's fence and lets it start.
+    StartAllowed { worker: u32, event: u32, token: i64, asked: Micros },
     /// The first byte of a request.
     RequestOpened { worker: u32, event: u32, token: i64, number: u32 },
     /// The request is open no longer.

@@ -196,7 +196,10 @@ impl Oracle {
                 self.note_lock(event, since);
                 Ok(())
             }
-            Fact::StartAllowed { worker, event, token } => self.start_allowed(worker, event, token),
+            Fact::StartAllowed { worker, event, token, asked } => {
+                self.check_overdue(worker, asked)?;
+                self.start_allowed(worker, event, token)
+            }
             Fact::RequestOpened { worker, event, token, number } => {
                 self.request_opened(worker, event, token, number)
             }

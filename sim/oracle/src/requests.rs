@@ -1,10 +1,13 @@
 //! Requests as the world sees them: **S3**, **S4**, **S6**, **S9**.
 
-use crate::fact::{Down, End};
+use crate::fact::{Down, End, Micros};
 use crate::health::{NEWER, OVERLAP};
-use crate::ledger::{NONE, UNKNOWN, entry};
+use crate::ledger::{Event, NONE, UNKNOWN, entry};
 use crate::violation::Excuse;
 use crate::{Oracle, Sometimes, Verdict, ensure};
+
+/// A driver takes its first step towards a request within that time, unless it is stopped.
+const SOON: Micros = 50_000;
 
 impl Oracle {
     /// How far a lease is past its fence by its holder's own clock, without the time for which the holder was stopped
@@ -33,6 +36,34 @@ impl Oracle {
         // A worker's moments don't go back when its clock does.
         let allowed = holder.clock.at(self.now) < fence.saturating_add(holder.set_back as i64);
         ensure!(self, S3, allowed, "worker {worker} lets a request for event {event} start past its fence");
+        Ok(())
+    }
+
+    /// **S3**, rule P4: while a renewal is overdue by `R` nothing new is started. A row that somebody keeps locked holds up
+    /// nothing but itself.
+    pub(crate) fn check_overdue(&self, worker: u32, asked: Micros) -> Verdict {
+        let (holder, terms) = (&self.workers[worker as usize], self.terms_of(worker));
+        // A driver that was stopped between the machine's word and its own first step was told before that.
+        let stopped = holder.stops.last().is_some_and(|(_, until)| until + SOON >= asked);
+        if stopped || asked < holder.clock.touched_at() || !holder.is_steady() {
+            return Ok(());
+        }
+        let least = holder.clock.at(asked) - (terms.heartbeat + terms.store_timeout) as i64;
+        let overdue = |event: &Event| {
+            event.lease != NONE && event.locked_since.is_none() && {
+                let lease = &self.leases[event.lease as usize];
+                let renewed =
+                    lease.worker == worker && lease.known_since < asked && lease.is_known() && !lease.skipped;
+                renewed && lease.confirmed < least
+            }
+        };
+        let found = self.events.iter().position(overdue);
+        ensure!(
+            self,
+            S3,
+            found.is_none(),
+            "worker {worker} starts a request while its renewal of event {found:?} is overdue by R"
+        );
         Ok(())
     }
 

@@ -288,6 +288,7 @@ impl Oracle {
             known,
             impossible: false,
             lost: Excuses::default(),
+            skipped: false,
             stray: self.calls[call as usize].over,
             orphan: false,
             asked_local: self.calls[call as usize].sent_local,
@@ -449,7 +450,12 @@ impl Oracle {
         match answer {
             Answer::Applied => {}
             Answer::Refused => return self.note(Sometimes::StaleRenewRefused),
-            Answer::Skipped => return self.note(Sometimes::RenewSkipped),
+            Answer::Skipped => {
+                if let Some(lease) = self.find(event, worker, write.token) {
+                    self.leases[lease as usize].skipped = true;
+                }
+                return self.note(Sometimes::RenewSkipped);
+            }
             Answer::Ended => return Ok(()),
         }
         if self.state(event, locked) == RowState::Expired {

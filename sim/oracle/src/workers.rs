@@ -215,6 +215,7 @@ impl Oracle {
             }
             lease.confirmed = lease.confirmed.max(sent_local);
             lease.locked_for = 0;
+            lease.skipped = false;
             applied = link.next;
         }
         self.call_met(worker, lane, sent);

@@ -36,6 +36,8 @@ struct Exchange {
     worker: u32,
     key: LeaseKey,
     number: u32,
+    /// When the driver began with it.
+    asked: u64,
     opened: AtomicBool,
     /// It was too late to start.
     late: AtomicBool,
@@ -170,6 +172,7 @@ impl Sender {
         may_start: impl Fn() -> bool + Send + Sync,
         known: &OnceLock<AttemptResult>,
     ) -> Option<AttemptResult> {
+        let asked = lock(&self.hub).now();
         effect(&self.hub, self.worker).await;
         let Attempt { key, number, timestamp, message } = attempt;
         let event = key.row.0 as u32;
@@ -184,6 +187,7 @@ impl Sender {
             worker: self.worker,
             key,
             number,
+            asked,
             opened: AtomicBool::new(false),
             late: AtomicBool::new(false),
             end: OnceLock::new(),
@@ -261,7 +265,8 @@ async fn respond(
         exchange.late.store(true, Ordering::Relaxed);
         return None;
     }
-    exchange.fact(|worker, event, token| Fact::StartAllowed { worker, event, token });
+    let asked = exchange.asked;
+    exchange.fact(|worker, event, token| Fact::StartAllowed { worker, event, token, asked });
     let mut exchange = pin!(async {
         let response = sender.send_request(request).await.ok()?;
         let end = parse(&response);
