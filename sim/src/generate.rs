@@ -130,6 +130,11 @@ pub fn generate(seed: u64, profile: Profile) -> Schedule {
     if slow.percent(5) && profile != Profile::Poison {
         pace.connect = slow.within(lease / 2, 2 * lease);
     }
+    // Some make no call in a whole outage.
+    let mut seldom = Rng::new(seed, "seldom polls");
+    if matches!(profile, Profile::Failover | Profile::Liveness | Profile::Swarm) && seldom.percent(25) {
+        settings.iter_mut().for_each(|settings| settings.poll_interval = seldom.within(lease / 4, 3 * lease));
+    }
     if Rng::new(seed, "until empty").percent(5) {
         settings.iter_mut().for_each(|settings| settings.until_empty = true);
     }

@@ -462,6 +462,8 @@ impl Worker {
             }
             // What it has forgotten may be anywhere in the queue.
             self.rescan_soon();
+            // That was no search: the next one comes as the embargo ends.
+            self.claims.search_at = self.now;
         }
         self.advance(under_way, &reply);
         self.incarnation = Some(reply.incarnation);

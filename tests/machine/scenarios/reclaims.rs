@@ -183,6 +183,21 @@ fn a_new_incarnation_begins_the_embargo_anew() {
     assert_eq!(embargoes(&bed), 2);
 }
 
+/// The claim that met the other server made no search.
+#[test]
+fn the_next_search_comes_as_the_embargo_after_a_new_incarnation_ends() {
+    let seldom = Limits { poll_interval: 100 * SECOND, ..limits() };
+    let settings = WorkerSettings::parse(timing(30 * SECOND), seldom, retry(), 7).expect("sound settings");
+    let mut bed = Bed::new(settings);
+    bed.run(5 * SECOND);
+    bed.incarnation = 2;
+    while embargoes(&bed) == 0 {
+        bed.run(SECOND);
+    }
+    assert!(!searches(&mut bed, 28 * SECOND), "the holders' turn");
+    assert!(searches(&mut bed, 3 * SECOND));
+}
+
 /// No search was made between them, and none may be made at once.
 #[test]
 fn an_embargo_that_ends_in_an_outage_is_followed_by_another() {
