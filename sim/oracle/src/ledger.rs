@@ -51,6 +51,8 @@ pub(crate) struct Lease {
     pub(crate) last_lock: (Micros, Micros),
     /// A renewal has met its row locked since the last one that was confirmed.
     pub(crate) skipped: bool,
+    /// A settle of it has met its row locked.
+    pub(crate) settle_skipped: bool,
     /// Its token is so far behind the clock when it commits that a search may pass over it.
     pub(crate) behind: bool,
     /// What excused its loss when it was taken.

@@ -289,6 +289,7 @@ impl Oracle {
             impossible: false,
             lost: Excuses::default(),
             skipped: false,
+            settle_skipped: false,
             stray: self.calls[call as usize].over,
             orphan: false,
             asked_local: self.calls[call as usize].sent_local,
@@ -509,7 +510,12 @@ impl Oracle {
                 }
                 return Ok(());
             }
-            Answer::Skipped => return self.note(Sometimes::SettleSkipped),
+            Answer::Skipped => {
+                if let Some(lease) = self.find(event, worker, write.token) {
+                    self.leases[lease as usize].settle_skipped = true;
+                }
+                return self.note(Sometimes::SettleSkipped);
+            }
             Answer::Refused => {
                 self.stats.saw(Sometimes::StaleSettleRefused);
                 if settle == Settle::Delivered {

@@ -130,7 +130,11 @@ impl Oracle {
         let mine = |event: &&Event| event.lease != NONE && self.leases[event.lease as usize].worker == worker;
         let kept = self.events.iter().filter(mine).all(|event| {
             let lease = &self.leases[event.lease as usize];
-            event.locked_since.is_some() || event.restored_at.is_some() || lease.locked_long || lease.stray
+            event.locked_since.is_some()
+                || event.restored_at.is_some()
+                || lease.locked_long
+                || lease.settle_skipped
+                || lease.stray
         });
         // An abort may take half of `M`, and then there must be time for a settle.
         let in_time = self.terms_of(worker).fence_margin / 2 <= timeout;
