@@ -49,8 +49,8 @@ pub(crate) struct Lease {
     pub(crate) locked_to_end: Micros,
     /// From when to when the last of these locks was held.
     pub(crate) last_lock: (Micros, Micros),
-    /// A renewal has met its row locked since the last one that was confirmed.
-    pub(crate) skipped: bool,
+    /// The call of the last renewal that met its row locked, if none was confirmed since.
+    pub(crate) skipped: Option<u32>,
     /// A settle of it has met its row locked.
     pub(crate) settle_skipped: bool,
     /// Its token is so far behind the clock when it commits that a search may pass over it.

@@ -52,8 +52,10 @@ impl Oracle {
         let overdue = |event: &Event| {
             event.lease != NONE && event.locked_since.is_none() && {
                 let lease = &self.leases[event.lease as usize];
-                let renewed =
-                    lease.worker == worker && lease.known_since < asked && lease.is_known() && !lease.skipped;
+                let renewed = lease.worker == worker
+                    && lease.known_since < asked
+                    && lease.is_known()
+                    && lease.skipped.is_none();
                 renewed && lease.confirmed < least
             }
         };

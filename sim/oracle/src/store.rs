@@ -288,7 +288,7 @@ impl Oracle {
             known,
             impossible: false,
             lost: Excuses::default(),
-            skipped: false,
+            skipped: None,
             settle_skipped: false,
             stray: self.calls[call as usize].over,
             orphan: false,
@@ -453,7 +453,7 @@ impl Oracle {
             Answer::Refused => return self.note(Sometimes::StaleRenewRefused),
             Answer::Skipped => {
                 if let Some(lease) = self.find(event, worker, write.token) {
-                    self.leases[lease as usize].skipped = true;
+                    self.leases[lease as usize].skipped = Some(call);
                 }
                 return self.note(Sometimes::RenewSkipped);
             }

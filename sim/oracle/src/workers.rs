@@ -219,7 +219,8 @@ impl Oracle {
             }
             lease.confirmed = lease.confirmed.max(sent_local);
             lease.locked_for = 0;
-            lease.skipped = false;
+            // Of two copies of it the worker may have the answer of the other one.
+            lease.skipped = lease.skipped.filter(|skipped| *skipped == call);
             applied = link.next;
         }
         self.call_met(worker, lane, sent);
