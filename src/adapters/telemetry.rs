@@ -41,7 +41,7 @@ impl Failures {
 #[derive(Debug)]
 pub struct Telemetry {
     worker: WorkerId,
-    /// Of claims and looks, only the first is said aloud, and one from time to time, as the rest would drown it. Refusals
+    /// Only the first is said aloud, and one from time to time, as the rest would drown everything else. Refusals
     /// (`true`) are counted apart: they open no outage, so that no recovery ends them.
     failures: BTreeMap<(StoreCall, bool), Failures>,
 }
@@ -121,10 +121,12 @@ impl Observer for Telemetry {
                 );
             }
             Observation::StoreCallFailed { call: StoreCall::Renew, fault, keys } => {
-                warn!(worker, error = %fault, leases = keys.len(), events = ids(keys, events), "renewal failed");
+                let (leases, events) = (keys.len(), ids(keys, events));
+                say!(fault, aloud, worker, error = %fault, failures, leases, events, "renewal failed; trying again");
             }
             Observation::StoreCallFailed { call: StoreCall::Settle, fault, keys } => {
-                warn!(worker, error = %fault, leases = keys.len(), events = ids(keys, events), "settle failed");
+                let (leases, events) = (keys.len(), ids(keys, events));
+                say!(fault, aloud, worker, error = %fault, failures, leases, events, "settle failed; trying again");
             }
             Observation::StoreRecovered { after } => {
                 info!(worker, after_ms = after.as_millis() as u64, "the store answers again");

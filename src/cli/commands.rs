@@ -1,20 +1,25 @@
 //! The commands, each from its settings to its exit code.
 
 use std::fmt;
+use std::future::Future;
 use std::io::{self, IsTerminal, Write};
 use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::{Context, anyhow, bail};
+use tokio::time::timeout;
 
 use super::enqueue::{EnqueueError, EnqueueLine, EnqueueRules, from_flags, from_ndjson};
 use super::settings::{Origin, Settings};
-use super::store::Store;
+use super::store::{COMMAND_TIMEOUT, Store};
 use super::{Command, EXIT_DONE, EXIT_FAILED, EXIT_USAGE, EnqueueArgs, Invocation, run, telemetry};
 use crate::adapters::store::{NewEvent, Status, StoreError};
 
 /// How often `status --watch` looks.
 const WATCH_EVERY: Duration = Duration::from_secs(1);
+
+/// How long `status` waits: it counts the whole table.
+const STATUS_TIMEOUT: Duration = Duration::from_secs(300);
 
 /// Nobody reads standard output any more, as with `| head -1`: no mistake, but no reason to go on.
 #[derive(Debug)]
@@ -136,7 +141,9 @@ impl From<EnqueueLine> for NewEvent {
 async fn status(settings: &Settings, json: bool, watch: bool) -> anyhow::Result<ExitCode> {
     let store = open(settings, false).await?;
     loop {
-        let status = store.status().await?;
+        let status = timeout(STATUS_TIMEOUT, store.status()).await;
+        let status =
+            status.with_context(|| format!("the database gave no status within {STATUS_TIMEOUT:?}"))??;
         if json {
             print(status_json(&status))?;
         } else {
@@ -194,12 +201,18 @@ async fn check(settings: &Settings) -> anyhow::Result<ExitCode> {
     }
     run::raise_descriptors(u64::from(settings.worker.limits().max_in_flight))?;
     let store = open(settings, false).await?;
-    print(format_args!("database: {}", store.describe().await?))?;
-    store.check_schema().await?;
+    print(format_args!("database: {}", answer(store.describe()).await??))?;
+    answer(store.check_schema()).await??;
     print("schema: up to date")?;
-    store.rehearse().await.map_err(|fault| anyhow!("a worker could not claim: {fault}"))?;
+    answer(store.rehearse()).await?.map_err(|fault| anyhow!("a worker could not claim: {fault}"))?;
     print("a worker can claim")?;
     Ok(EXIT_DONE.into())
+}
+
+/// What a database answers in time.
+async fn answer<T>(call: impl Future<Output = T>) -> anyhow::Result<T> {
+    let answer = timeout(COMMAND_TIMEOUT, call).await;
+    answer.with_context(|| format!("the database did not answer within {COMMAND_TIMEOUT:?}"))
 }
 
 fn warnings(settings: &Settings) -> Vec<String> {
@@ -226,6 +239,11 @@ fn warnings(settings: &Settings) -> Vec<String> {
     if settings.http.secrets.iter().any(crate::adapters::http::Secret::is_weak) {
         warnings
             .push("a signing secret is shorter than the 24 bytes that Standard Webhooks asks for".to_owned());
+    }
+    if let Some(problem) = crate::adapters::http::platform_problem() {
+        warnings.push(format!(
+            "https destinations can't be verified, so that nothing can be sent there: {problem}"
+        ));
     }
     warnings.extend(settings.in_vain().map(str::to_owned));
     warnings

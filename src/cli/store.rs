@@ -11,7 +11,7 @@ use crate::machine::{ClaimRequest, ClaimTerms, LeaseKey, StoreFault, WorkerId};
 use crate::ports::Outbox as _;
 
 /// How long a command waits for its database.
-const COMMAND_TIMEOUT: Duration = Duration::from_secs(30);
+pub(super) const COMMAND_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// Either store.
 #[derive(Clone, Debug)]

@@ -19,9 +19,10 @@ pub(super) enum Phase {
     Connecting,
     Handshaking,
     Waiting,
+    Writing,
 }
 
-/// Why there is no status line. The texts name hosts and ports, never a path, query, payload or secret.
+/// Why there is no status line that counts. The texts name hosts and ports, never a path, query, payload or secret.
 #[derive(Debug)]
 pub(super) enum Failure {
     /// Nothing can ever change it.
@@ -40,6 +41,8 @@ pub(super) enum Failure {
     NoTls(String),
     /// A deadline passed.
     TimedOut { phase: Phase, authority: String, after: Duration },
+    /// A success came before the request was written, and the connection ended.
+    Unread { authority: String, status: u16 },
     /// The connection broke, or what came back isn't HTTP.
     Broken { authority: String, error: hyper::Error },
 }
@@ -65,8 +68,12 @@ impl fmt::Display for Failure {
                     Phase::Connecting => "connecting to",
                     Phase::Handshaking => "in the TLS handshake with",
                     Phase::Waiting => "waiting for the response of",
+                    Phase::Writing => "writing the rest of what was answered already to",
                 };
                 write!(f, "timed out after {after:?} {doing} {authority}")
+            }
+            Self::Unread { authority, status } => {
+                write!(f, "{authority} answered {status} and closed before it had the whole request")
             }
             Self::Broken { authority, error } if error.is_parse() => {
                 write!(f, "{authority} did not answer in HTTP/1: {error}")

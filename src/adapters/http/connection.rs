@@ -5,17 +5,18 @@
 //! is polled by nobody; whether the other side has closed it is seen when it is taken out of the pool.
 
 use std::collections::HashMap;
+use std::convert::Infallible;
 use std::future::{Future as _, poll_fn};
 use std::io;
 use std::pin::{Pin, pin};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
-use std::task::{Context, Poll};
+use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use bytes::Bytes;
 use http_body_util::Full;
-use hyper::body::{Body as _, Incoming};
+use hyper::body::{Body, Frame, Incoming, SizeHint};
 use hyper::client::conn::http1;
 use hyper::{Request, Response};
 use hyper_util::rt::TokioIo;
@@ -96,6 +97,90 @@ impl AsyncWrite for Socket {
     }
 }
 
+/// How far the request on a connection is.
+#[derive(Default)]
+struct Progress {
+    /// hyper has its body.
+    taken: AtomicBool,
+    /// And has written it whole.
+    written: AtomicBool,
+}
+
+/// A stream as hyper writes to it: hyper flushes once it has nothing left to write.
+struct Watched {
+    stream: Box<dyn Stream>,
+    progress: Arc<Progress>,
+}
+
+impl AsyncRead for Watched {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_read(cx, buf)
+    }
+}
+
+impl AsyncWrite for Watched {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.stream).poll_write(cx, buf)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bufs: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.stream).poll_write_vectored(cx, bufs)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.stream.is_write_vectored()
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        ready!(Pin::new(&mut self.stream).poll_flush(cx))?;
+        self.progress.written.fetch_or(self.progress.taken.load(Ordering::Relaxed), Ordering::Relaxed);
+        Poll::Ready(Ok(()))
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_shutdown(cx)
+    }
+}
+
+/// A body that says when hyper has it.
+struct Payload {
+    body: Full<Bytes>,
+    progress: Arc<Progress>,
+}
+
+impl Body for Payload {
+    type Data = Bytes;
+    type Error = Infallible;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
+        let frame = ready!(Pin::new(&mut self.body).poll_frame(cx));
+        self.progress.taken.store(self.body.is_end_stream(), Ordering::Relaxed);
+        Poll::Ready(frame)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
+    }
+}
+
+/// A request without an answer: why, and the request itself if none of it was written.
+pub(super) type Unanswered = (hyper::Error, Option<Outgoing>);
+
 /// A request with its whole body. It passes through many hands, too.
 pub(super) type Outgoing = Box<Request<Full<Bytes>>>;
 
@@ -107,30 +192,55 @@ impl<T: AsyncRead + AsyncWrite + Send + Unpin> Stream for T {}
 pub(super) struct Connection(Box<Parts>);
 
 struct Parts {
-    sender: http1::SendRequest<Full<Bytes>>,
-    driver: http1::Connection<TokioIo<Box<dyn Stream>>, Full<Bytes>>,
-    driver_ended: bool,
+    sender: http1::SendRequest<Payload>,
+    /// Gone once it has ended: a request that is still in its queue would have no answer for as long as it is there.
+    driver: Option<http1::Connection<TokioIo<Watched>, Payload>>,
+    progress: Arc<Progress>,
     open: Arc<AtomicBool>,
 }
 
 impl Connection {
     /// `open` is the socket's flag.
     pub(super) async fn new(stream: Box<dyn Stream>, open: Arc<AtomicBool>) -> Result<Self, hyper::Error> {
-        let (sender, driver) =
-            http1::Builder::new().max_buf_size(HEAD_CAP).handshake(TokioIo::new(stream)).await?;
-        Ok(Self(Box::new(Parts { sender, driver, driver_ended: false, open })))
+        let progress = Arc::<Progress>::default();
+        let stream = Watched { stream, progress: Arc::clone(&progress) };
+        // Of a head nothing but the status, what frames the body and `Retry-After` is used: what else is odd in it is no
+        // reason to send again what was accepted.
+        let (sender, driver) = http1::Builder::new()
+            .max_buf_size(HEAD_CAP)
+            .allow_spaces_after_header_name_in_responses(true)
+            .allow_obsolete_multiline_headers_in_responses(true)
+            .ignore_invalid_headers_in_responses(true)
+            .handshake(TokioIo::new(stream))
+            .await?;
+        Ok(Self(Box::new(Parts { sender, driver: Some(driver), progress, open })))
     }
 
     /// Sends a request and waits for the response's head.
-    pub(super) async fn send(&mut self, request: Outgoing) -> Result<Response<Incoming>, hyper::Error> {
-        let Parts { sender, driver, driver_ended, .. } = &mut *self.0;
-        let mut response = pin!(sender.send_request(*request));
-        poll_fn(|cx| {
-            // `drive` can't be called while `response` borrows the sender.
-            if !*driver_ended {
-                *driver_ended = Pin::new(&mut *driver).poll(cx).is_ready();
-            }
+    pub(super) async fn send(&mut self, request: Outgoing) -> Result<Response<Incoming>, Unanswered> {
+        let Parts { sender, driver, progress, .. } = &mut *self.0;
+        let request = request.map(|body| Payload { body, progress: Arc::clone(progress) });
+        progress.taken.store(request.body().is_end_stream(), Ordering::Relaxed);
+        progress.written.store(false, Ordering::Relaxed);
+        let mut response = pin!(sender.try_send_request(request));
+        let response = poll_fn(|cx| {
+            // Not `Parts::drive`, since `response` borrows the sender.
+            drive(driver, cx);
             response.as_mut().poll(cx)
+        });
+        response.await.map_err(|mut unsent| {
+            let request = unsent.take_message().map(|request| Box::new(request.map(|payload| payload.body)));
+            (unsent.into_error(), request)
+        })
+    }
+
+    /// Writes what is left of the request. Answers whether there is nothing more: a response may come, and the connection
+    /// end, before the other side has read what it answers.
+    pub(super) async fn finish(&mut self) -> bool {
+        poll_fn(|cx| {
+            self.0.drive(cx);
+            let written = self.0.progress.written.load(Ordering::Relaxed);
+            if written || self.0.driver.is_none() { Poll::Ready(written) } else { Poll::Pending }
         })
         .await
     }
@@ -163,7 +273,9 @@ impl Connection {
     async fn is_ready(&mut self) -> bool {
         poll_fn(|cx| {
             self.0.drive(cx);
-            Poll::Ready(!self.0.driver_ended && matches!(self.0.sender.poll_ready(cx), Poll::Ready(Ok(()))))
+            Poll::Ready(
+                self.0.driver.is_some() && matches!(self.0.sender.poll_ready(cx), Poll::Ready(Ok(()))),
+            )
         })
         .await
     }
@@ -172,9 +284,13 @@ impl Connection {
 impl Parts {
     /// Lets the connection read and write. Its errors reach whoever waits for a response or a body.
     fn drive(&mut self, cx: &mut Context<'_>) {
-        if !self.driver_ended {
-            self.driver_ended = Pin::new(&mut self.driver).poll(cx).is_ready();
-        }
+        drive(&mut self.driver, cx);
+    }
+}
+
+fn drive(driver: &mut Option<http1::Connection<TokioIo<Watched>, Payload>>, cx: &mut Context<'_>) {
+    if driver.as_mut().is_some_and(|driver| Pin::new(driver).poll(cx).is_ready()) {
+        *driver = None;
     }
 }
 
@@ -256,4 +372,49 @@ async fn sweep(shelf: Weak<Mutex<Shelf>>) {
 /// Nothing under this lock can leave it half done, so that a panic elsewhere is no reason to stop.
 fn lock(shelf: &Mutex<Shelf>) -> MutexGuard<'_, Shelf> {
     shelf.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A peer that says nothing until it closes the connection.
+    struct Silent {
+        closed: Arc<AtomicBool>,
+        written: Arc<AtomicBool>,
+    }
+
+    impl AsyncRead for Silent {
+        fn poll_read(self: Pin<&mut Self>, _: &mut Context<'_>, _: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+            if self.closed.load(Ordering::Relaxed) { Poll::Ready(Ok(())) } else { Poll::Pending }
+        }
+    }
+
+    impl AsyncWrite for Silent {
+        fn poll_write(self: Pin<&mut Self>, _: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+            self.written.store(true, Ordering::Relaxed);
+            Poll::Ready(Ok(buf.len()))
+        }
+
+        fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+            Poll::Ready(Ok(()))
+        }
+
+        fn poll_shutdown(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+            Poll::Ready(Ok(()))
+        }
+    }
+
+    #[tokio::test]
+    async fn a_connection_that_closes_before_the_first_byte_gives_the_request_back() {
+        let (closed, written) = (Arc::<AtomicBool>::default(), Arc::<AtomicBool>::default());
+        let peer = Silent { closed: Arc::clone(&closed), written: Arc::clone(&written) };
+        let mut connection = Connection::new(Box::new(peer), Arc::default()).await.expect("a connection");
+        assert!(connection.is_ready().await);
+        closed.store(true, Ordering::Relaxed);
+        let request = Request::post("/hook").body(Full::new(Bytes::from_static(b"7"))).expect("a request");
+        let (_, unsent) = connection.send(Box::new(request)).await.expect_err("nobody answers");
+        assert_eq!(unsent.expect("it was not written").uri(), "/hook");
+        assert!(!written.load(Ordering::Relaxed));
+    }
 }

@@ -6,8 +6,9 @@
 //!   [`HttpGateway::send`]: when that is dropped, the socket is closed before the drop returns.
 //! - **No silent repeat.** Clients send a request again on their own when a kept connection breaks under it. Here each
 //!   call makes one request on one connection, whatever happens: hyper's `SendRequest` below never repeats, and a kept
-//!   connection is looked at before it is used, so that one closed while idle costs no attempt. What is left is a close
-//!   that is under way at that very moment: an error, as it may have been handled.
+//!   connection is looked at before it is used, so that one closed while idle costs no attempt; nor does one of which
+//!   hyper says that it took no byte. What is left is a close that is under way at that very moment: an error, as it may
+//!   have been handled.
 //! - **Address rules.** The addresses that were checked are the ones connected to; no name is resolved a second time,
 //!   no redirect is followed, and no proxy variable is read.
 
@@ -218,7 +219,7 @@ impl HttpGateway {
             .destinations
             .get(&attempt.message.destination_url)
             .map_err(|error| Failure::Undeliverable(error.to_string()))?;
-        let request = self.request(attempt, &destination)?;
+        let mut request = self.request(attempt, &destination)?;
         if !destination.https && !self.settings.allow_http {
             return Err(Failure::PlainHttp);
         }
@@ -231,15 +232,24 @@ impl HttpGateway {
         let whole = Deadline::new(started, self.settings.request_timeout);
         let connect =
             Deadline::new(started, self.settings.connect_timeout.min(self.settings.request_timeout));
-        let connection = match self.pool.take(&destination.origin).await {
-            Some(connection) => connection,
-            // Mostly not needed, and large: a request that is open should not have room for it.
-            None => Box::pin(self.connect(&destination, &connect)).await?,
-        };
-        if !may_start() {
-            return Ok(None);
+        loop {
+            let kept = self.pool.take(&destination.origin).await;
+            let was_kept = kept.is_some();
+            let connection = match kept {
+                Some(connection) => connection,
+                // Mostly not needed, and large: a request that is open should not have room for it.
+                None => Box::pin(self.connect(&destination, &connect)).await?,
+            };
+            if !may_start() {
+                return Ok(None);
+            }
+            match self.exchange(connection, request, &whole, &destination, known).await {
+                Ok(result) => return Ok(Some(result)),
+                // It was being closed, and nothing was written.
+                Err((_, Some(unsent))) if was_kept => request = unsent,
+                Err((failure, _)) => return Err(failure),
+            }
         }
-        self.exchange(connection, request, &whole, &destination, known).await.map(Some)
     }
 
     /// The request, signed, with the headers that README lists.
@@ -279,7 +289,8 @@ impl HttpGateway {
         Ok(Box::new(request))
     }
 
-    /// One request on one connection. The connection goes to the pool or is closed before this returns.
+    /// One request on one connection. The connection goes to the pool or is closed before this returns. A request of
+    /// which nothing was written is given back.
     async fn exchange(
         &self,
         mut connection: Connection,
@@ -287,13 +298,24 @@ impl HttpGateway {
         deadline: &Deadline,
         destination: &Destination,
         known: &OnceLock<AttemptResult>,
-    ) -> Result<AttemptResult, Failure> {
-        let broken = |error| Failure::Broken { authority: destination.host_and_port(), error };
+    ) -> Result<AttemptResult, (Failure, Option<Outgoing>)> {
+        let failed = |failure| (failure, None);
         let (head, body) = {
             // Pinned here: passed on by value it would have its place twice in every open request.
-            let response = pin!(async { connection.send(request).await.map_err(broken) });
-            deadline.bound(Phase::Waiting, destination, response).await?.into_parts()
+            let response = pin!(async { Ok(connection.send(request).await) });
+            let response = deadline.bound(Phase::Waiting, destination, response).await.map_err(failed)?;
+            let broken =
+                |(error, unsent)| (Failure::Broken { authority: destination.host_and_port(), error }, unsent);
+            response.map_err(broken)?.into_parts()
         };
+        if head.status.is_success() {
+            // Some answer before they have read what they answer: without the rest of it nothing is delivered.
+            let rest = pin!(async { Ok(connection.finish().await) });
+            if !deadline.bound(Phase::Writing, destination, rest).await.map_err(failed)? {
+                let (authority, status) = (destination.host_and_port(), head.status.as_u16());
+                return Err(failed(Failure::Unread { authority, status }));
+            }
+        }
         // The status line decides; an abort while the body is read must not undo it (rule P4).
         let result = classify(Ok(head));
         let _ = known.set(result.clone());
@@ -438,6 +460,11 @@ async fn dial(addresses: Vec<SocketAddr>) -> Result<TcpStream, Failure> {
             () = sleep(NEXT_ADDRESS_AFTER), if rest.len() > 0 => {}
         }
     }
+}
+
+/// Why no certificate can be verified on this machine, if that is so.
+pub fn platform_problem() -> Option<String> {
+    platform_tls().err().map(|error| error.to_string())
 }
 
 /// The machine's certificate authorities, by the one provider of cryptography in this program.

@@ -147,6 +147,11 @@ missing as materialized (
         else 0
     end as events
 ),
+-- Looked up by key, not joined: a plan that knows nothing of how many there are compares each with each.
+seats as materialized (
+    select (select jsonb_object_agg(key, room) from rooms) as rooms,
+        (select jsonb_object_agg(destination_key, events) from taken) as taken
+),
 destinations as (
     (
         select destination_key from leasehold.outbox_events
@@ -173,8 +178,7 @@ destinations as (
 more as materialized (
     select event.*
     from destinations
-    left join rooms on rooms.key = destinations.destination_key
-    left join taken on taken.destination_key = destinations.destination_key
+    cross join seats
     cross join lateral (
         select id, destination_key, next_attempt_at, payload_bytes, attempts, max_attempts, reclaims
         from leasehold.outbox_events
@@ -186,7 +190,11 @@ more as materialized (
                 (coalesce('epoch'::timestamptz + $17 * interval '1 microsecond', '-infinity'), $18)
             and id <> all (array(select first_picked.id from first_picked))
         order by outbox_events.destination_key, next_attempt_at, id
-        limit greatest(coalesce(room, $10) - coalesce(taken.events, 0), 0)
+        limit greatest(
+            coalesce((seats.rooms ->> destinations.destination_key)::int, $10)
+                - coalesce((seats.taken ->> destinations.destination_key)::int, 0),
+            0
+        )
         for no key update skip locked
     ) as event
     where destinations.destination_key is not null

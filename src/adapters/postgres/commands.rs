@@ -1,12 +1,20 @@
 //! What the commands ask of the outbox beside a worker's calls: its schema, new events, counts.
 
+use std::future::Future;
+
 use sqlx::postgres::{PgConnection, PgRow};
 use sqlx::{Connection as _, Row as _};
+use tokio::time::timeout;
 
 use super::Postgres;
 use super::connect::BEGIN;
-use super::error::{database, text};
+use super::error::{after_send, database, text};
 use crate::adapters::store::{NewEvent, Status, StoreError};
+use crate::machine::StoreFault;
+
+/// What an `enqueue` was doing whose commit had no answer.
+const UNCERTAIN: &str =
+    "committing the events (they may be in the outbox or not: look before you enqueue them again)";
 
 const MIGRATIONS: [(i32, &str); 1] =
     [(1, include_str!("../../../migrations/postgres/0001_create_outbox_events.sql"))];
@@ -86,11 +94,11 @@ impl Postgres {
             }
             _ => database("enqueueing", &error),
         };
-        let mut transaction = connection.begin_with(BEGIN).await.map_err(doing)?;
+        let mut transaction = self.within(connection.begin_with(BEGIN)).await.map_err(doing)?;
         let mut ids = Vec::with_capacity(events.len());
         for batch in events.chunks(1_000) {
             let column = |of: fn(&NewEvent) -> Option<String>| batch.iter().map(of).collect::<Vec<_>>();
-            let rows: Vec<(String, i32)> = sqlx::query_as(
+            let insert = sqlx::query_as(
                 "insert into leasehold.outbox_events
                      (event_id, event_type, destination_url, payload, max_attempts, next_attempt_at)
                  select coalesce(event_id, leasehold.new_event_id()), event_type, destination_url, payload::jsonb,
@@ -107,9 +115,8 @@ impl Postgres {
             .bind(column(|event| Some(event.payload.clone())))
             .bind(batch.iter().map(|event| event.max_attempts).collect::<Vec<_>>())
             .bind(batch.iter().map(|event| event.next_attempt_at).collect::<Vec<_>>())
-            .fetch_all(&mut *transaction)
-            .await
-            .map_err(doing)?;
+            .fetch_all(&mut *transaction);
+            let rows: Vec<(String, i32)> = self.within(insert).await.map_err(doing)?;
             for (id, bytes) in rows {
                 let (place, bytes) = (ids.len(), u64::try_from(bytes).unwrap_or(0));
                 if bytes > self.options.max_payload {
@@ -118,8 +125,17 @@ impl Postgres {
                 ids.push(id);
             }
         }
-        transaction.commit().await.map_err(doing)?;
+        self.within(transaction.commit()).await.map_err(|error| match after_send(&error) {
+            StoreFault::Unknown { error } => StoreError::Database { doing: UNCERTAIN, error },
+            _ => doing(error),
+        })?;
         Ok(ids)
+    }
+
+    /// A network that is dead says nothing.
+    async fn within<T>(&self, call: impl Future<Output = Result<T, sqlx::Error>>) -> Result<T, sqlx::Error> {
+        let silence = || sqlx::Error::Io(std::io::ErrorKind::TimedOut.into());
+        timeout(self.options.store_timeout, call).await.unwrap_or_else(|_| Err(silence()))
     }
 
     /// Counts the events.

@@ -63,10 +63,14 @@ impl Hosts {
             plain.push(if options.prepared_statements { parsed } else { parsed.statement_cache_capacity(0) });
         }
         let millis = options.statement_timeout().as_millis().to_string();
+        // A server that can't send the rest of an answer does not look at the clock: until TCP gives up, after a quarter of
+        // an hour, the rows stay locked of a claim whose worker is gone or stands still.
+        let unsent = options.store_timeout.as_millis().to_string();
         let bounded = plain.iter().cloned().map(|host| {
             if options.prepared_statements {
                 let bounds = [
                     ("statement_timeout", millis.as_str()),
+                    ("tcp_user_timeout", unsent.as_str()),
                     ("default_transaction_isolation", "read committed"),
                 ];
                 host.options(bounds).options(PLANS)
@@ -204,7 +208,12 @@ impl Lane {
             Ok(Borrowed { connection: Some(connection), lane: self, host, _place: place })
         };
         let borrowed = timeout(self.timeout, connecting).await.map_err(|_| sqlx::Error::PoolTimedOut)?;
-        looking.found = borrowed.is_ok();
+        // A server that is full is the right one all the same, and others of its connections may be good.
+        let full = |error: &sqlx::Error| {
+            let code = error.as_database_error().and_then(|error| error.code());
+            code.is_some_and(|code| code.starts_with("53"))
+        };
+        looking.found = borrowed.as_ref().map_or_else(full, |_| true);
         borrowed
     }
 
@@ -251,6 +260,7 @@ mod tests {
         let hosts = Hosts::parse("postgres://a/shop", &options()).expect("a URL");
         let given = hosts.bounded[0].get_options().expect("options of the connection");
         assert!(given.contains("statement_timeout=4500"), "{given}");
+        assert!(given.contains("tcp_user_timeout=5000"), "{given}");
     }
 
     #[test]

@@ -10,8 +10,11 @@ fn by_sqlstate(code: &str, error: String) -> StoreFault {
         // before.
         "57P01" | "57P02" | "57P03" | "57P04" | "57P05" | "25P04" => StoreFault::Unknown { error },
         // Surely rolled back, and worth repeating: cancelled, idle for too long in a transaction, read-only, not a primary
-        // (any more), lock not available.
-        "57014" | "25P03" | "25006" | "55000" | "55006" | "55P03" => StoreFault::NotApplied { error },
+        // (any more), lock not available. Or on a new connection: a prepared statement that is gone, or of a table that was
+        // altered since.
+        "57014" | "25P03" | "25006" | "55000" | "55006" | "55P03" | "0A000" | "26000" => {
+            StoreFault::NotApplied { error }
+        }
         _ => match code.get(..2) {
             // Connection failures.
             Some("08") => StoreFault::Unknown { error },
@@ -91,6 +94,8 @@ mod tests {
             ("55000", "not applied"), // recovery is in progress
             ("55P03", "not applied"), // lock_not_available
             ("53100", "not applied"), // disk_full
+            ("0A000", "not applied"), // cached plan must not change result type
+            ("26000", "not applied"), // invalid_sql_statement_name
             ("53300", "not applied"), // too_many_connections
             ("58030", "not applied"), // io_error
             ("23514", "permanent"),   // check_violation

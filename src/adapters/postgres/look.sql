@@ -17,13 +17,16 @@ select
     ) as next_due_in,
     null::bigint as id
 where
-    not exists (
-        select from leasehold.outbox_events
+    -- Not `exists`, which drops the order: with that alone a plan made while the queue was empty takes the index by due time.
+    (
+        select id from leasehold.outbox_events
         where delivery_status = 'pending' and lease_owner is null and reclaims < 3
             and next_attempt_at <= leasehold.early_now()
             and (next_attempt_at, id) >=
                 (coalesce('epoch'::timestamptz + $1 * interval '1 microsecond', '-infinity'), $2)
-    )
+        order by next_attempt_at, id
+        limit 1
+    ) is null
     and not exists (
         select from leasehold.outbox_events
         where delivery_status = 'pending' and lease_owner is null and reclaims >= 3

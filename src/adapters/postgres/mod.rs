@@ -362,7 +362,8 @@ impl Outbox for Postgres {
         let mut listener = self.listener.lock().await;
         loop {
             if listener.is_none() {
-                *listener = self.hosts.listen(CHANNEL).await.ok();
+                let listening = timeout(self.options.store_timeout, self.hosts.listen(CHANNEL)).await;
+                *listener = listening.ok().and_then(Result::ok);
             }
             if let Some(listening) = listener.as_mut() {
                 match timeout(SILENCE, listening.try_recv()).await {
