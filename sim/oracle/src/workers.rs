@@ -219,8 +219,9 @@ impl Oracle {
             }
             lease.confirmed = lease.confirmed.max(sent_local);
             lease.locked_for = 0;
-            // Of two copies of it the worker may have the answer of the other one.
-            lease.skipped = lease.skipped.filter(|skipped| *skipped == call);
+            // Of two copies of it the worker may have the answer of the other one, and of another call one that is to come.
+            lease.skipped =
+                lease.skipped.filter(|skipped| *skipped == call || !self.calls[*skipped as usize].over);
             applied = link.next;
         }
         self.call_met(worker, lane, sent);
