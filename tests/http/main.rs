@@ -678,6 +678,39 @@ async fn tls_server(acceptor: TlsAcceptor) -> Server {
 }
 
 #[tokio::test]
+async fn a_success_over_tls_counts_once_the_request_is_written() {
+    let (acceptor, roots) = certificate("localhost");
+    let payload = Bytes::from(vec![b'7'; 16 << 20]);
+    for reads in [true, false] {
+        let acceptor = acceptor.clone();
+        let server = Server::with(move |stream, log| {
+            let acceptor = acceptor.clone();
+            async move {
+                let mut stream = acceptor.accept(stream).await.unwrap();
+                let first = [stream.read_u8().await.unwrap()];
+                stream.write_all(OK.as_bytes()).await.unwrap();
+                stream.flush().await.unwrap();
+                if reads {
+                    let mut whole = tokio::io::AsyncReadExt::chain(first.as_slice(), stream);
+                    log.push(read_request(&mut whole).await.unwrap());
+                }
+            }
+        })
+        .await;
+        let url = format!("https://localhost:{}/", server.address.port());
+        let gateway = HttpGateway::with_tls(settings(&["localhost"]), trusting(roots.clone())).unwrap();
+        let message = with_payload(url.clone(), payload.clone());
+        let result = gateway.send_alone(Attempt { message, ..attempt(url) }).await;
+        server.ended().await;
+        if reads {
+            assert_eq!((result, server.request().body.len()), (responded(200), payload.len()));
+        } else {
+            assert!(matches!(result, AttemptResult::Errored { .. }), "{result:?}");
+        }
+    }
+}
+
+#[tokio::test]
 async fn tls_is_verified() {
     let (acceptor, roots) = certificate("localhost");
     let server = tls_server(acceptor).await;

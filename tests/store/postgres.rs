@@ -569,6 +569,7 @@ const RENEW: &str = include_str!("../../src/adapters/postgres/renew.sql");
 /// The beginning of the queue, and of the leases.
 const START: &str = "null, 0, 0";
 const SETTLE: &str = include_str!("../../src/adapters/postgres/settle.sql");
+const LOOK: &str = include_str!("../../src/adapters/postgres/look.sql");
 
 fn claim_query(
     bed: &Pg,
@@ -869,6 +870,29 @@ fn a_claim_reaches_past_a_full_destination_without_statistics() {
     on_postgres(async |bed| {
         fill_one(bed, "alter table leasehold.outbox_events set (autovacuum_enabled = off)").await;
         assert_a_backlog_of_a_full_destination_is_not_read(bed).await;
+    });
+}
+
+/// As it is planned while nothing was ever in the queue, and for as long as its connection lives.
+#[test]
+fn a_look_reads_the_queue_by_due_time_alone() {
+    on_postgres(async |bed| {
+        let mut connection = session(bed).await;
+        for (name, value) in PLANS {
+            let set = format!("set {name} = {value}");
+            sqlx::raw_sql(AssertSqlSafe(set)).execute(&mut connection).await.unwrap();
+        }
+        let prepare = format!("prepare look (bigint, bigint) as {LOOK}");
+        sqlx::raw_sql(AssertSqlSafe(prepare)).execute(&mut connection).await.unwrap();
+        let explain = sqlx::raw_sql("explain (format json) execute look (null, 0)");
+        let row = explain.fetch_one(&mut connection).await.unwrap();
+        let plan: Value =
+            serde_json::from_str(&row.try_get_unchecked::<String, _>(0).unwrap()).expect("JSON");
+        let mut all = Vec::new();
+        nodes(&plan[0]["Plan"], &mut all);
+        let indexes: Vec<_> = all.iter().filter_map(|node| node["Index Name"].as_str()).collect();
+        assert!(indexes.contains(&"outbox_events_due"), "{indexes:?}");
+        assert!(!indexes.contains(&"outbox_events_due_by_destination"), "{indexes:?}");
     });
 }
 

@@ -35,27 +35,38 @@ const DRAIN_TIMEOUT: Duration = Duration::from_secs(1);
 /// The longest response head.
 const HEAD_CAP: usize = 64 * 1024;
 
+/// How far a connection's request is, as its socket and its body see it.
+#[derive(Default)]
+pub(super) struct Progress {
+    /// A request is open.
+    open: AtomicBool,
+    /// hyper has its body.
+    taken: AtomicBool,
+    /// And has written it whole: hyper and TLS flush a stream once they have nothing left to write.
+    written: AtomicBool,
+}
+
 /// A TCP stream that is reset, not closed in order, when it is dropped while a request is open: what the kernel still
 /// has of an aborted request must not trickle on to a slow receiver.
 pub(super) struct Socket {
     stream: TcpStream,
-    open: Arc<AtomicBool>,
+    progress: Arc<Progress>,
 }
 
 impl Socket {
     pub(super) fn new(stream: TcpStream) -> Self {
-        Self { stream, open: Arc::new(AtomicBool::new(true)) }
+        let progress = Progress { open: AtomicBool::new(true), ..Progress::default() };
+        Self { stream, progress: Arc::new(progress) }
     }
 
-    /// Whether a request is open on it, shared.
-    pub(super) fn open_flag(&self) -> Arc<AtomicBool> {
-        Arc::clone(&self.open)
+    pub(super) fn progress(&self) -> Arc<Progress> {
+        Arc::clone(&self.progress)
     }
 }
 
 impl Drop for Socket {
     fn drop(&mut self) {
-        if self.open.load(Ordering::Relaxed) {
+        if self.progress.open.load(Ordering::Relaxed) {
             let _ = self.stream.set_zero_linger(); // fails only on a socket that is gone already
         }
     }
@@ -72,57 +83,6 @@ impl AsyncRead for Socket {
 }
 
 impl AsyncWrite for Socket {
-    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.stream).poll_write(cx, buf)
-    }
-
-    fn poll_write_vectored(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        bufs: &[io::IoSlice<'_>],
-    ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.stream).poll_write_vectored(cx, bufs)
-    }
-
-    fn is_write_vectored(&self) -> bool {
-        self.stream.is_write_vectored()
-    }
-
-    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_flush(cx)
-    }
-
-    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_shutdown(cx)
-    }
-}
-
-/// How far the request on a connection is.
-#[derive(Default)]
-struct Progress {
-    /// hyper has its body.
-    taken: AtomicBool,
-    /// And has written it whole.
-    written: AtomicBool,
-}
-
-/// A stream as hyper writes to it: hyper flushes once it has nothing left to write.
-struct Watched {
-    stream: Box<dyn Stream>,
-    progress: Arc<Progress>,
-}
-
-impl AsyncRead for Watched {
-    fn poll_read(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        buf: &mut ReadBuf<'_>,
-    ) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_read(cx, buf)
-    }
-}
-
-impl AsyncWrite for Watched {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
         Pin::new(&mut self.stream).poll_write(cx, buf)
     }
@@ -194,16 +154,13 @@ pub(super) struct Connection(Box<Parts>);
 struct Parts {
     sender: http1::SendRequest<Payload>,
     /// Gone once it has ended: a request that is still in its queue would have no answer for as long as it is there.
-    driver: Option<http1::Connection<TokioIo<Watched>, Payload>>,
+    driver: Option<http1::Connection<TokioIo<Box<dyn Stream>>, Payload>>,
     progress: Arc<Progress>,
-    open: Arc<AtomicBool>,
 }
 
 impl Connection {
-    /// `open` is the socket's flag.
-    pub(super) async fn new(stream: Box<dyn Stream>, open: Arc<AtomicBool>) -> Result<Self, hyper::Error> {
-        let progress = Arc::<Progress>::default();
-        let stream = Watched { stream, progress: Arc::clone(&progress) };
+    /// `progress` is the socket's.
+    pub(super) async fn new(stream: Box<dyn Stream>, progress: Arc<Progress>) -> Result<Self, hyper::Error> {
         // Of a head nothing but the status, what frames the body and `Retry-After` is used: what else is odd in it is no
         // reason to send again what was accepted.
         let (sender, driver) = http1::Builder::new()
@@ -213,7 +170,7 @@ impl Connection {
             .ignore_invalid_headers_in_responses(true)
             .handshake(TokioIo::new(stream))
             .await?;
-        Ok(Self(Box::new(Parts { sender, driver: Some(driver), progress, open })))
+        Ok(Self(Box::new(Parts { sender, driver: Some(driver), progress })))
     }
 
     /// Sends a request and waits for the response's head.
@@ -288,7 +245,7 @@ impl Parts {
     }
 }
 
-fn drive(driver: &mut Option<http1::Connection<TokioIo<Watched>, Payload>>, cx: &mut Context<'_>) {
+fn drive(driver: &mut Option<http1::Connection<TokioIo<Box<dyn Stream>>, Payload>>, cx: &mut Context<'_>) {
     if driver.as_mut().is_some_and(|driver| Pin::new(driver).poll(cx).is_ready()) {
         *driver = None;
     }
@@ -317,7 +274,7 @@ impl Pool {
     pub(super) async fn take(&self, origin: &str) -> Option<Connection> {
         loop {
             let Idle { mut connection, since } = lock(&self.0).pop(origin)?;
-            connection.0.open.store(true, Ordering::Relaxed);
+            connection.0.progress.open.store(true, Ordering::Relaxed);
             if since.elapsed() < IDLE_TIMEOUT && connection.is_ready().await {
                 return Some(connection);
             }
@@ -326,7 +283,7 @@ impl Pool {
 
     /// Keeps a connection for the next request, if there is room.
     pub(super) fn put(&self, origin: &Arc<str>, connection: Connection) {
-        connection.0.open.store(false, Ordering::Relaxed);
+        connection.0.progress.open.store(false, Ordering::Relaxed);
         let mut shelf = lock(&self.0);
         if shelf.count >= IDLE_IN_ALL {
             return;

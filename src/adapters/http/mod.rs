@@ -331,14 +331,14 @@ impl HttpGateway {
         let stream = deadline.bound(Phase::Connecting, destination, dial(addresses)).await?;
         let _ = stream.set_nodelay(true); // slower without it, no worse
         let socket = Socket::new(stream);
-        let open = socket.open_flag();
+        let progress = socket.progress();
         let stream: Box<dyn Stream> = if destination.https {
             let handshake = self.handshake(destination, socket);
             Box::new(deadline.bound(Phase::Handshaking, destination, handshake).await?)
         } else {
             Box::new(socket)
         };
-        Connection::new(stream, open)
+        Connection::new(stream, progress)
             .await
             .map_err(|error| Failure::Broken { authority: destination.host_and_port(), error })
     }

@@ -37,6 +37,18 @@ fn embargoes(bed: &Bed) -> usize {
     bed.seen.iter().filter(|seen| matches!(seen, Observation::Embargo(_))).count()
 }
 
+/// With less time between renewals than one may take.
+fn renewed_often() -> Timing {
+    let raw = RawTiming {
+        lease: 30 * SECOND,
+        heartbeat: Some(2 * SECOND),
+        store_timeout: Some(5 * SECOND),
+        fence_margin: None,
+        reclaim_grace: None,
+    };
+    Timing::parse(raw).expect("sound")
+}
+
 #[test]
 fn expired_leases_wait_one_lease_after_an_outage() {
     let mut bed = Bed::new(settings());
@@ -50,15 +62,8 @@ fn expired_leases_wait_one_lease_after_an_outage() {
 /// What was sent before the store went away may be answered after it did.
 #[test]
 fn a_reply_to_a_call_from_before_an_outage_does_not_end_it() {
-    let raw = RawTiming {
-        lease: 30 * SECOND,
-        heartbeat: Some(2 * SECOND),
-        store_timeout: Some(5 * SECOND),
-        fence_margin: None,
-        reclaim_grace: None,
-    };
-    let timing = Timing::parse(raw).expect("sound");
-    let mut bed = Bed::new(WorkerSettings::parse(timing, limits(), retry(), 7).expect("sound settings"));
+    let mut bed =
+        Bed::new(WorkerSettings::parse(renewed_often(), limits(), retry(), 7).expect("sound settings"));
     bed.add(1, "http://a");
     bed.run(SECOND);
     let is_renewal = |action: &Action| matches!(action, Action::Renew(..));
@@ -80,16 +85,9 @@ fn a_reply_to_a_call_from_before_an_outage_does_not_end_it() {
 /// A renewal that waits for a row which somebody keeps locked goes without an answer for as long, beside others.
 #[test]
 fn a_call_without_an_answer_beside_one_with_an_answer_is_no_outage() {
-    let raw = RawTiming {
-        lease: 30 * SECOND,
-        heartbeat: Some(2 * SECOND),
-        store_timeout: Some(5 * SECOND),
-        fence_margin: None,
-        reclaim_grace: None,
-    };
-    let timing = Timing::parse(raw).expect("sound");
     let embargo = |others: bool| {
-        let mut bed = Bed::new(WorkerSettings::parse(timing, limits(), retry(), 7).expect("sound settings"));
+        let mut bed =
+            Bed::new(WorkerSettings::parse(renewed_often(), limits(), retry(), 7).expect("sound settings"));
         bed.add(1, "http://a");
         bed.run(SECOND);
         let claim = loop {
