@@ -32,7 +32,8 @@ impl Outbox {
     pub fn insert(&mut self, row: Row, destination: u16, payload: Payload) {
         self.store.pending.push(self.store.rows.len() as u32);
         self.store.rows.push(row);
-        self.store.meta.push(Meta { destination, payload, lock: Lock::Free, cursed: false, exists: true });
+        let (lock, cursed) = (Lock::Free, false);
+        self.store.meta.push(Meta { destination, payload, lock, cursed, exists: true, changed: 0 });
     }
 
     /// The clock goes on.

@@ -55,6 +55,8 @@ pub(crate) struct Statement {
     pub(crate) ask: Ask,
     /// When it began, in true time.
     pub(crate) began: u64,
+    /// How many commits it sees.
+    pub(crate) snapshot: u64,
     /// When it had its locks.
     pub(crate) locked: u64,
     /// Of which run of the server it is part.
@@ -67,6 +69,8 @@ pub(crate) struct Statement {
     pub(crate) candidates: Vec<(u8, DbTime, u32)>,
     /// A claim: what it takes, each with its turn.
     pub(crate) picked: Vec<(u8, u32)>,
+    /// A claim: how many that would be, whatever changed since it began.
+    pub(crate) allowed: usize,
     /// A claim: the front of the queue as it leaves it.
     pub(crate) front: Option<Place>,
     /// A claim that searches: the lowest token of the leases that it looks at.
@@ -99,6 +103,7 @@ impl Statement {
             worker,
             ask,
             began: 0,
+            snapshot: 0,
             locked: 0,
             // Not begun: nothing can cancel it.
             epoch: u32::MAX,
@@ -106,6 +111,7 @@ impl Statement {
             searched: false,
             candidates: Vec::new(),
             picked: Vec::new(),
+            allowed: 0,
             front: None,
             leases_front: None,
             next_due_in: None,

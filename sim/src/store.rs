@@ -36,6 +36,8 @@ pub(crate) struct Meta {
     pub(crate) lock: Lock,
     pub(crate) cursed: bool,
     pub(crate) exists: bool,
+    /// Which commit changed it last.
+    pub(crate) changed: u64,
 }
 
 /// In this order a claim takes what may be claimed.
@@ -64,6 +66,8 @@ pub(crate) struct Store {
     /// Rows before each commit, if a failover may want them: (when, row, what it was).
     pub(crate) history: Option<Vec<(u64, u32, Option<Row>)>>,
     pub(crate) waiting: Vec<(u32, u32)>,
+    /// Counts the commits.
+    pub(crate) commits: u64,
     pub(crate) rooms: Vec<u32>,
     pub(crate) bug: Option<Bug>,
 }
@@ -84,6 +88,7 @@ impl Store {
             booted: 0,
             history: forgets.then(Vec::new),
             waiting: Vec::new(),
+            commits: 0,
             rooms: Vec::new(),
             bug,
         }
@@ -105,7 +110,7 @@ impl Store {
         let row = self.rows.len() as u32;
         self.rows.push(Row { attempts: plan.attempts, ..Row::new(plan.max_attempts, due) });
         let EventPlan { destination, cursed, payload, .. } = *plan;
-        self.meta.push(Meta { destination, payload, lock: Lock::Free, cursed, exists: true });
+        self.meta.push(Meta { destination, payload, lock: Lock::Free, cursed, exists: true, changed: 0 });
         self.pending.push(row);
         if let Some(history) = &mut self.history {
             history.push((now, row, None));
@@ -116,7 +121,7 @@ impl Store {
     /// The statement's start: its early clock, and for a claim what it picks, by what is committed now. Locks are not
     /// looked at yet.
     pub(crate) fn begin(&mut self, statement: &mut Statement, now: u64) {
-        (statement.began, statement.epoch) = (now, self.epoch);
+        (statement.began, statement.epoch, statement.snapshot) = (now, self.epoch, self.commits);
         if matches!(statement.ask, Ask::Claim(_)) {
             self.pick(statement);
         }
@@ -318,6 +323,11 @@ impl Store {
             picked.clear();
         }
         self.cut_off(&mut picked);
+        statement.allowed = picked.len();
+        // A row is changed where this statement's snapshot shows it, or not at all.
+        if self.bug != Some(Bug::DoubleClaim) {
+            picked.retain(|(_, row)| !self.changed_since(*row, statement.snapshot));
+        }
         let left = statement.candidates.iter().filter(|(turn, _, row)| {
             *turn == FRESH
                 && !picked.contains(&(FRESH, *row))
@@ -341,6 +351,10 @@ impl Store {
             total > MOST_BYTES
         });
         picked.truncate(fits.unwrap_or(picked.len()).max(1));
+    }
+
+    fn changed_since(&self, row: u32, snapshot: u64) -> bool {
+        self.meta[row as usize].changed > snapshot
     }
 
     fn is_free(&self, row: u32) -> bool {
@@ -399,6 +413,19 @@ impl Store {
         }
     }
 
+    fn note_change(&mut self, row: u32, answer: Answer) {
+        if answer == Answer::Applied {
+            self.meta[row as usize].changed = self.commits;
+        }
+    }
+
+    /// Whether a lease that would be settled was changed, as by a renewal, after the statement's snapshot.
+    fn is_out_of_sight(&self, statement: &Statement, owner: &WorkerId, key: LeaseKey) -> bool {
+        let row = &self.rows[row_of(key) as usize];
+        let held = row.token == key.token && row.lease.as_ref().is_some_and(|lease| lease.owner == *owner);
+        held && self.changed_since(row_of(key), statement.snapshot)
+    }
+
     fn drop_terminal(&mut self, row: u32) {
         if self.rows[row as usize].status != Status::Pending
             && let Ok(at) = self.pending.binary_search(&row)
@@ -410,6 +437,7 @@ impl Store {
     /// The commit: applies the statement to the rows that it has locked.
     pub(crate) fn commit(&mut self, statement: &Statement, now: u64, facts: &mut Vec<Fact>) -> Reply {
         let clock = DbClock { early: self.db(statement.began), late: self.db(statement.locked) };
+        self.commits += 1;
         match &statement.ask {
             Ask::Claim(request) => Reply::Claim(self.claim(statement, request, clock, now, facts)),
             Ask::Renew(request) => Reply::Renew(self.renew(statement, request, clock, now, facts)),
@@ -440,6 +468,9 @@ impl Store {
         for &(_, event) in &statement.picked {
             self.remember(now, event);
             let answer = self.claim_row(event, clock, &request.owner, &terms);
+            if answer != ClaimAnswer::NotEligible {
+                self.meta[event as usize].changed = self.commits;
+            }
             let row = &self.rows[event as usize];
             match answer {
                 ClaimAnswer::NotEligible => {}
@@ -486,7 +517,7 @@ impl Store {
             let left = statement.rows.iter().copied().filter(|row| !taken(*row));
             facts.extend(left.map(|event| Fact::LockDropped { event, since: locked, left: true }));
         }
-        let more = grants.len() + failed.len() < request.limit as usize;
+        let more = statement.allowed < request.limit as usize;
         ClaimReply {
             db_now: clock.late,
             incarnation: self.incarnation.clone(),
@@ -560,6 +591,7 @@ impl Store {
             } else {
                 Answer::Skipped
             };
+            self.note_change(event, answer);
             let until = self.rows[event as usize].lease.as_ref().map_or(0, |lease| lease.until.as_micros());
             facts.push(Fact::Renewed {
                 worker,
@@ -606,12 +638,15 @@ impl Store {
             let event = row_of(*key);
             let answer = if !self.meta[event as usize].exists {
                 Answer::Refused
-            } else if statement.rows.contains(&event) {
+            } else if !statement.rows.contains(&event)
+                || self.is_out_of_sight(statement, &request.owner, *key)
+            {
+                Answer::Skipped
+            } else {
                 self.remember(now, event);
                 self.settle_row(event, clock, &request.owner, *key, settle)
-            } else {
-                Answer::Skipped
             };
+            self.note_change(event, answer);
             let row = &self.rows[event as usize];
             facts.push(Fact::Settled {
                 worker,

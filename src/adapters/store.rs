@@ -86,6 +86,30 @@ pub struct Retired {
     pub next: i64,
 }
 
+/// How many destinations a claim looks at beyond the front of the queue at most.
+pub(crate) const WALK: u32 = 1_000;
+
+/// Where a claim that reaches past destinations which have their share goes on: behind the last one that the claim before
+/// it came to. So few seats go to each in turn, and a long walk is made by several claims.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Walk<K> {
+    /// The last destination that was looked at.
+    pub(crate) last: K,
+    /// The one at which the lap ends: nothing was found since.
+    pub(crate) end: K,
+}
+
+impl<K: Clone> Walk<K> {
+    /// A claim came to `last`, or to the end of its lap, and found something or not.
+    pub(crate) fn went(&mut self, last: Option<K>, found: bool) {
+        let lap_is_over = last.is_none();
+        self.last = last.unwrap_or_else(|| self.last.clone());
+        if lap_is_over || found {
+            self.end = self.last.clone();
+        }
+    }
+}
+
 /// How many bytes of payload one claim returns at most.
 pub(crate) const CLAIM_BYTES: i64 = 8 * 1024 * 1024;
 
@@ -125,17 +149,12 @@ pub enum StoreError {
         /// What is missing.
         missing: String,
     },
-    /// An event with this id is in the outbox already.
-    Duplicate {
-        /// What the database says, without the row.
-        error: String,
-    },
-    /// A payload is larger than is ever sent, as the database keeps it.
-    Oversized {
-        /// Its event's place among those that were to be written, from 0.
+    /// An event can't be written; none of those with it were.
+    Refused {
+        /// Its place among those that were to be written, from 0.
         place: usize,
-        /// Its size, in bytes.
-        bytes: u64,
+        /// What is wrong with it, without its contents.
+        problem: String,
     },
     /// Anything else: what was being done, and what the database says, without row contents.
     Database {
@@ -146,16 +165,19 @@ pub enum StoreError {
     },
 }
 
+impl StoreError {
+    pub(crate) fn duplicate(place: usize, error: &str) -> Self {
+        Self::Refused { place, problem: format!("an event with that id is in the outbox already: {error}") }
+    }
+}
+
 impl std::fmt::Display for StoreError {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
             Self::Schema { missing } => {
                 write!(f, "the outbox is not set up ({missing}): run `leasehold migrate` on this database")
             }
-            Self::Duplicate { error } => write!(f, "an event with that id is in the outbox already: {error}"),
-            Self::Oversized { bytes, .. } => {
-                write!(f, "payload has {bytes} bytes as the database keeps it; allowed is max_payload")
-            }
+            Self::Refused { problem, .. } => f.write_str(problem),
             Self::Database { doing, error } => write!(f, "{doing}: {error}"),
         }
     }

@@ -69,12 +69,11 @@ async fn dispatch(invocation: &Invocation) -> anyhow::Result<ExitCode> {
     match (&invocation.command, settings) {
         (Command::Demo { postgres, plain }, _) => {
             // Dropped, it takes its processes and its folder along.
-            tokio::select! {
-                held = crate::demo::run(*postgres, *plain) => {
-                    Ok(if held? { EXIT_DONE } else { EXIT_FAILED }.into())
-                }
-                signal = run::signalled() => Ok((128 + signal?).into()),
-            }
+            until_signalled(async {
+                let held = crate::demo::run(*postgres, *plain).await?;
+                Ok(if held { EXIT_DONE } else { EXIT_FAILED }.into())
+            })
+            .await
         }
         (_, None) => bail!("this command needs settings"),
         (Command::Run { until_empty }, Some(settings)) => {
@@ -88,8 +87,20 @@ async fn dispatch(invocation: &Invocation) -> anyhow::Result<ExitCode> {
             Ok(EXIT_DONE.into())
         }
         (Command::Enqueue(args), Some(settings)) => enqueue(args, &settings).await,
-        (Command::Status { json, watch }, Some(settings)) => status(&settings, *json, *watch).await,
+        (Command::Status { json, watch }, Some(settings)) => {
+            until_signalled(status(&settings, *json, *watch)).await
+        }
         (Command::Check, Some(settings)) => check(&settings).await,
+    }
+}
+
+/// The first process of a container ends by no signal that it doesn't listen to.
+async fn until_signalled(
+    command: impl Future<Output = anyhow::Result<ExitCode>>,
+) -> anyhow::Result<ExitCode> {
+    tokio::select! {
+        ended = command => ended,
+        signal = run::signalled() => Ok((128 + signal?).into()),
     }
 }
 
@@ -112,12 +123,11 @@ async fn enqueue(args: &EnqueueArgs, settings: &Settings) -> anyhow::Result<Exit
     };
     let (numbers, events): (Vec<_>, Vec<_>) =
         lines.into_iter().map(|event| (event.line, NewEvent::from(event))).unzip();
-    let ids = open(settings, false).await?.enqueue(&events).await.map_err(|error| match &error {
-        StoreError::Oversized { place, .. } => {
-            let line = numbers.get(*place).copied().flatten();
-            EnqueueError { line, problem: format!("{error}, {}", settings.max_payload) }.into()
+    let ids = open(settings, false).await?.enqueue(&events).await.map_err(|error| match error {
+        StoreError::Refused { place, problem } => {
+            EnqueueError { line: numbers.get(place).copied().flatten(), problem }.into()
         }
-        _ => anyhow::Error::new(error),
+        error => anyhow::Error::new(error),
     })?;
     for id in ids {
         print(id).context("printing the ids; the events are in the outbox")?;
@@ -199,7 +209,9 @@ async fn check(settings: &Settings) -> anyhow::Result<ExitCode> {
     for warning in warnings(settings) {
         print(format_args!("warning: {warning}"))?;
     }
-    run::raise_descriptors(u64::from(settings.worker.limits().max_in_flight))?;
+    if let Some(warning) = run::raise_descriptors(u64::from(settings.worker.limits().max_in_flight))? {
+        print(format_args!("warning: {warning}"))?;
+    }
     let store = open(settings, false).await?;
     print(format_args!("database: {}", answer(store.describe()).await??))?;
     answer(store.check_schema()).await??;

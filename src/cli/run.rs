@@ -43,7 +43,9 @@ pub async fn run(mut settings: Settings, until_empty: bool) -> anyhow::Result<Ex
     let id = WorkerId::new(format!("{}-{suffix}", settings.worker_name));
     settings.worker.seed = entropy[8..].iter().fold(0, |seed, byte| seed << 8 | u64::from(*byte));
     settings.worker.until_empty = until_empty;
-    raise_descriptors(u64::from(settings.worker.limits().max_in_flight))?;
+    if let Some(warning) = raise_descriptors(u64::from(settings.worker.limits().max_in_flight))? {
+        warn!("{warning}");
+    }
 
     let timing = *settings.worker.timing();
     let url = settings.database.as_ref().context("database_url is not set")?;
@@ -134,32 +136,32 @@ async fn next(term: &mut Signal, int: &mut Signal) -> u8 {
 }
 
 /// Raises the soft limit of open files as far as it goes: while it connects, a request has several sockets.
-pub(super) fn raise_descriptors(in_flight: u64) -> anyhow::Result<()> {
+/// Answers what to think over.
+pub(super) fn raise_descriptors(in_flight: u64) -> anyhow::Result<Option<String>> {
     use rustix::process::{Resource, getrlimit, setrlimit};
     let needed = in_flight + SPARE_DESCRIPTORS;
     let wanted = needed + IDLE_IN_ALL as u64;
     let mut limit = getrlimit(Resource::Nofile);
-    match limit.maximum {
-        Some(maximum) if maximum < needed => bail!(
-            "max_in_flight needs {needed} file descriptors, but the hard limit is {maximum}: lower max_in_flight or \
-             raise the limit (ulimit -n)"
-        ),
-        Some(maximum) if maximum < wanted => warn!(
-            maximum,
-            wanted,
-            "the hard limit of open files leaves no room for all connections that are kept: requests may fail; lower \
-             max_in_flight or raise the limit (ulimit -n)"
-        ),
-        _ => {}
-    }
     let most = limit.maximum.unwrap_or(wanted);
-    let Some(current) = limit.current.filter(|current| *current < most) else { return Ok(()) };
+    if most < needed {
+        bail!(
+            "max_in_flight needs {needed} file descriptors, but the hard limit is {most}: lower max_in_flight or raise the \
+             limit (ulimit -n)"
+        );
+    }
+    let warning = (most < wanted).then(|| {
+        format!(
+            "the hard limit of open files ({most}) leaves no room for all connections that are kept ({wanted}): requests \
+             may fail; lower max_in_flight or raise the limit (ulimit -n)"
+        )
+    });
+    let Some(current) = limit.current.filter(|current| *current < most) else { return Ok(warning) };
     limit.current = Some(most);
     match setrlimit(Resource::Nofile, limit) {
         Err(error) if current < needed => {
             Err(error).with_context(|| format!("raising the limit of open files to {most}"))
         }
-        _ => Ok(()),
+        _ => Ok(warning),
     }
 }
 

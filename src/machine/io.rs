@@ -154,7 +154,8 @@ pub struct ClaimReply {
     /// If expired leases were searched for, the lowest token of a lease from [`ClaimRequest::leases_from`] on, expired or
     /// not, when the claim began; else the highest token that there is. `None` if the store has no use for it.
     pub leases_front: Option<Token>,
-    /// Time until the next unleased event is due, if the store knows one and nothing more is due now.
+    /// Time until the next unleased event is due, if the store knows one and nothing more is due now. Zero if more is, or
+    /// may be, and was not come to.
     pub next_due_in: Option<Duration>,
     /// Whether any event is pending at all, leased ones included; `None` if not asked for.
     pub any_pending: Option<bool>,

@@ -1,9 +1,10 @@
 //! Commands and what bad input gets.
 
+use rustix::process::Signal;
 use tokio::io::{AsyncBufReadExt as _, BufReader};
 
 use crate::bed::{Bed, MS, Receiver, SECRET, text, write};
-use crate::common::PATIENCE;
+use crate::common::{PATIENCE, start_worker};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn settings_errors_name_key_value_and_what_is_allowed_all_at_once() {
@@ -101,6 +102,24 @@ async fn a_bad_line_keeps_nothing_of_the_input() {
         assert!(text.contains("line 2") && text.contains(named), "{bad} gave:\n{text}");
         assert_eq!(bed.count("true").await, 0, "{bad}");
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_the_database_refuses_is_named_by_its_line() {
+    let bed = Bed::new().await;
+    let line = |id: &str| {
+        format!(
+            r#"{{"event_id":"{id}","event_type":"t","destination_url":"https://example.com/x","payload":{{}}}}"#
+        )
+    };
+    let output = bed.leasehold(&["enqueue"], Some(&line("a"))).await;
+    assert_eq!(output.status.code(), Some(0));
+    let input = ["x", "b", "a", "c"].map(line).join("\n");
+    let output = bed.leasehold(&["enqueue"], Some(&input)).await;
+    assert_eq!(output.status.code(), Some(1));
+    let said = text(&output);
+    assert!(said.contains("line 3: an event with that id is in the outbox already"), "{said}");
+    assert_eq!(bed.count("true").await, 1);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -221,6 +240,15 @@ async fn a_reader_that_goes_away_ends_a_command_in_silence() {
         assert_eq!((output.status.code(), text(&output)), (Some(0), String::new()), "{arguments:?}");
     }
     assert_eq!(bed.count("true").await, 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_signal_ends_a_watch_by_its_own_doing() {
+    let bed = Bed::new().await;
+    let mut watch = start_worker(bed.command(&["status", "--watch"]), bed.folder.path(), "watch");
+    watch.logs("pending 0").await;
+    watch.signal(Signal::TERM);
+    assert_eq!(watch.end().await, Some(143), "as the first process of a container, too");
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -42,6 +42,8 @@ on_both! {
     expired_leases_are_taken_only_under_the_known_incarnation
     a_claim_keeps_to_the_shares
     a_claim_reaches_past_the_rows_of_a_full_destination
+    few_seats_go_round_the_destinations
+    a_long_walk_is_made_by_several_claims
     expired_leases_of_full_destinations_hide_no_others
     at_most_one_event_on_probation
     an_event_on_probation_of_a_full_destination_hides_no_other
@@ -381,6 +383,48 @@ async fn a_claim_reaches_past_the_rows_of_a_full_destination<B: Bed>(bed: &B) {
     assert_eq!(urls, [A, A, B, B, C, C]);
 }
 
+/// A claim of four, to which only destinations beyond the front of the queue are left.
+async fn claim_beyond<B: Bed>(bed: &B) -> (Vec<String>, Option<Duration>) {
+    let mut request = bed.request("w");
+    request.limit = 4;
+    request.share = 2;
+    request.shares = vec![(DestinationKey::new("https://full.example"), 0)];
+    let reply = bed.claim(request).await.reply;
+    (reply.grants.iter().map(|grant| grant.destination.as_str().to_owned()).collect(), reply.next_due_in)
+}
+
+async fn few_seats_go_round_the_destinations<B: Bed>(bed: &B) {
+    for url in ["full", "a", "b", "g", "h", "z"].map(|name| format!("https://{name}.example")) {
+        for _ in 0..5 {
+            bed.insert(&url, "{}", &Model::new(20, bed.now())).await;
+        }
+    }
+    for expected in [["a", "b"], ["g", "h"], ["a", "z"], ["b", "g"], ["h", "z"]] {
+        let (mut found, _) = claim_beyond(bed).await;
+        found.sort_unstable();
+        found.dedup();
+        assert_eq!(found, expected.map(|name| format!("https://{name}.example")));
+    }
+}
+
+async fn a_long_walk_is_made_by_several_claims<B: Bed>(bed: &B) {
+    for _ in 0..5 {
+        bed.insert("https://full.example", "{}", &Model::new(20, bed.now())).await;
+    }
+    let later = Model::new(20, bed.now().after(LEASE));
+    for number in 0..2_200 {
+        bed.insert(&format!("https://later{number}.example"), "{}", &later).await;
+    }
+    bed.insert("https://z.example", "{}", &Model::new(20, bed.now())).await;
+    let none = (Vec::new(), Some(Duration::ZERO));
+    let found = (vec!["https://z.example".to_owned()], Some(LEASE));
+    let over = (Vec::new(), Some(LEASE));
+    let lap = [none.clone(), none.clone(), over];
+    for expected in [none.clone(), none, found].iter().chain(&lap).chain(&lap) {
+        assert_eq!(claim_beyond(bed).await, *expected);
+    }
+}
+
 async fn expired_leases_of_full_destinations_hide_no_others<B: Bed>(bed: &B) {
     let gone = |now| Model { lease: leased("gone", now), token: Token(1), ..Model::new(20, now) };
     for _ in 0..10 {
@@ -633,10 +677,15 @@ async fn enqueue_is_all_or_nothing<B: Bed>(bed: &B) {
     ];
     for bad in bad {
         let refused = bed.enqueue(&[event(Some("first")), bad]).await;
-        assert!(matches!(refused, Err(StoreError::Database { .. })), "{refused:?}");
+        assert!(matches!(refused, Err(StoreError::Refused { place: 1, .. })), "{refused:?}");
     }
-    let refused = bed.enqueue(&[event(Some("twice")), event(Some("twice"))]).await;
-    assert!(matches!(refused, Err(StoreError::Duplicate { .. })), "{refused:?}");
+    // In a batch that is not the first one.
+    let mut many: Vec<NewEvent> = (0..1_200).map(|_| event(None)).collect();
+    many[1_050] = event(Some("twice"));
+    many[1_100] = event(Some("twice"));
+    let refused = bed.enqueue(&many).await.expect_err("one is there twice");
+    assert!(matches!(refused, StoreError::Refused { place: 1_100, .. }), "{refused:?}");
+    assert!(refused.to_string().contains("in the outbox already"), "{refused}");
     assert!(bed.rows().await.is_empty());
     assert_eq!(bed.enqueue(&[]).await.unwrap(), Vec::<String>::new());
 }

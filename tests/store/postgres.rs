@@ -598,6 +598,9 @@ fn claim_query(
         .bind(0_i64)
         .bind(0_i64)
         .bind(None::<i64>)
+        .bind(String::new())
+        .bind(String::new())
+        .bind(1_000_i32)
 }
 
 /// Thousands of delivered, leased and future rows; a few that are due.
@@ -644,13 +647,13 @@ async fn explain_claim(bed: &Pg, limit: u32, share: u32, full: &str, claim: Clai
     let claim = if claim == Claim::Front { claim_of_front(CLAIM) } else { CLAIM.to_owned() };
     let prepare = format!(
         "prepare claim (text, bigint, bigint, bool, text, int, int, int, int, int, text[], int[], bigint, bigint, text,
-             text, bigint, bigint, bigint, bigint) as {claim}"
+             text, bigint, bigint, bigint, bigint, text, text, int) as {claim}"
     );
     sqlx::raw_sql(AssertSqlSafe(prepare)).execute(&mut connection).await.unwrap();
     let execute = format!(
         "explain (analyze, buffers, format json) execute claim ('w', 2000000, 200000, {search}, '{}', 100, 0, {limit}, 1,
              {share}, '{{{full}}}', '{{{}}}', {MAX_PAYLOAD}, 8388608, 'attempts', 'reclaims',
-             {from}, null)",
+             {from}, null, '', '', 1000)",
         bed.incarnation().as_str(),
         if full.is_empty() { "" } else { "0" },
     );
@@ -893,6 +896,41 @@ fn a_look_reads_the_queue_by_due_time_alone() {
         let indexes: Vec<_> = all.iter().filter_map(|node| node["Index Name"].as_str()).collect();
         assert!(indexes.contains(&"outbox_events_due"), "{indexes:?}");
         assert!(!indexes.contains(&"outbox_events_due_by_destination"), "{indexes:?}");
+    });
+}
+
+/// A renewal that commits between a settle's snapshot and its locks hides the row from it, but takes no lease away.
+#[test]
+fn a_renewal_meanwhile_makes_a_settle_skip_and_never_refuse() {
+    on_postgres(async |bed| {
+        bed.due().await;
+        let lease = bed.take("w").await[0];
+        // A statement that would change rows comes to this gate when it has its snapshot and no lock yet.
+        bed.run(
+            "create function leasehold.gate() returns trigger language plpgsql as $$ begin
+                 perform pg_advisory_lock(1);
+                 perform pg_advisory_unlock(1);
+                 return null;
+             end $$;
+             create trigger gate before update on leasehold.outbox_events
+                 for each statement execute function leasehold.gate()",
+        )
+        .await
+        .unwrap();
+        let mut other = session(bed).await;
+        exec(&mut other, "select pg_advisory_lock(1); set session_replication_role = replica").await;
+        let renew = async {
+            let waits = "select exists (select from pg_locks where locktype = 'advisory' and not granted
+                 and database = (select oid from pg_database where datname = current_database()))";
+            while !sqlx::query_scalar::<_, bool>(waits).fetch_one(&bed.pool).await.unwrap() {
+                tokio::time::sleep(Duration::from_millis(1)).await;
+            }
+            let renew = "update leasehold.outbox_events set lease_until = lease_until + interval '1 second'";
+            exec(&mut other, &format!("{renew}; select pg_advisory_unlock(1)")).await;
+        };
+        let (answer, ()) = tokio::join!(bed.settle("w", lease, delivered()), renew);
+        assert_eq!(answer, Answer::Skipped);
+        assert_eq!(bed.settle("w", lease, delivered()).await, Answer::Applied);
     });
 }
 

@@ -3,11 +3,12 @@
 -- destination, $11 and $12 destinations with leases held and their room, $13 largest payload, $14 payload in all,
 -- $15 and $16 errors of what it fails, $17 and $18 the due time in microseconds and the id ahead of which fresh events
 -- are passed over, $19 the token below which leases are, $20 the time in microseconds after which it is too late to
--- begin, or to have its locks: this takes nothing then (rule P7).
+-- begin, or to have its locks: this takes nothing then (rule P7). $21 the destination behind which the walk over those
+-- beyond the front goes on, $22 the one at which its lap ends, $23 how many it comes to at most.
 --
 -- Mostly there is nothing to be claimed but the front of the queue. The statement for that is this one without what stands
--- between `--[` and `--]`, and with the condition in `/* */`: should there be more, it takes nothing and says so, and the
--- whole one follows.
+-- between `--[` and `--]`, and with what stands behind `--|` in its place: should there be more, it takes nothing and says
+-- so, and the whole one follows.
 with recursive
 server as materialized (
     select
@@ -30,7 +31,7 @@ rooms as materialized (
 -- Expired leases: the search reads every lease from $19 on, so it is made seldom (rule P10), and what it compares with
 -- is computed once.
 run_out as materialized (
-    select id, destination_key, next_attempt_at, payload_bytes, reclaims + 1 >= 3 as probation,
+    select id, destination_key, next_attempt_at, payload_bytes as bytes, reclaims + 1 >= 3 as probation,
         row_number() over (partition by destination_key, reclaims + 1 >= 3 order by next_attempt_at, id) as nth
     from leasehold.outbox_events
     where lease_owner is not null
@@ -42,7 +43,7 @@ run_out as materialized (
         and destination_key <> all (array(select key from rooms where room <= 0))
 ),
 expired as materialized (
-    select id, destination_key, next_attempt_at, payload_bytes, 0 as turn, false as probation
+    select id, destination_key, next_attempt_at, bytes, 0 as turn, false as probation
     from run_out left join rooms on rooms.key = destination_key
     where not probation and nth <= coalesce(room, $10)
     order by next_attempt_at, id
@@ -56,15 +57,15 @@ filled as materialized (
 ),
 --]
 probation as materialized (
-    select id, destination_key, next_attempt_at, payload_bytes, 1 as turn, true as probation
+    select id, destination_key, next_attempt_at, bytes, 1 as turn, true as probation
     from (
         --[
-        select id, destination_key, next_attempt_at, payload_bytes from run_out
+        select id, destination_key, next_attempt_at, bytes from run_out
         where probation and destination_key <> all (array(select destination_key from filled))
         union all
         --]
         (
-            select id, destination_key, next_attempt_at, payload_bytes
+            select id, destination_key, next_attempt_at, payload_bytes as bytes
             from leasehold.outbox_events
             where delivery_status = 'pending' and lease_owner is null and reclaims >= 3
                 and next_attempt_at <= leasehold.early_now()
@@ -85,8 +86,8 @@ probation as materialized (
 -- towards the limit, and what they displace is reached further below. To start at the beginning would be to step over all
 -- that was claimed since the oldest transaction still open began: until it ends, their index entries stay.
 fresh as materialized (
-    select id, destination_key, next_attempt_at, payload_bytes, 2 as turn, false as probation,
-        attempts, max_attempts, reclaims
+    select id, destination_key, next_attempt_at, payload_bytes as bytes, 2 as turn, false as probation,
+        attempts, max_attempts, reclaims, false as reclaimed, ctid as version
     from leasehold.outbox_events
     where delivery_status = 'pending' and lease_owner is null and reclaims < 3
         and next_attempt_at <= leasehold.early_now()
@@ -96,34 +97,44 @@ fresh as materialized (
     limit case when (select valid from server) then $8 else 0 end
     for no key update skip locked
 ),
+--[
 found as materialized (
-    -- Of what isn't locked yet, the last three are read when it is.
-    select *, 0 as attempts, 0 as max_attempts, 0 as reclaims from probation
-    --[
+    -- Of what isn't locked yet, the last five are read when it is.
+    select *, 0 as attempts, 0 as max_attempts, 0 as reclaims, false as reclaimed, null::tid as version from probation
     union all
-    select *, 0, 0, 0 from expired
-    --]
+    select *, 0, 0, 0, false, null from expired
     union all
     select * from fresh
 ),
+--]
 -- Destinations of which more was found than there is room for. Mostly there are none, so that nothing is numbered.
 crowded as materialized (
     select destination_key, coalesce(room, $10) as room
-    from (select destination_key, count(*) as events from found group by destination_key) as destination
+    from (
+        select destination_key, count(*) as events
+        --[
+        from found
+        --]
+        --| from fresh
+        group by destination_key
+    ) as destination
     left join rooms on rooms.key = destination_key
     where events > coalesce(room, $10)
 ),
--- Whether there is more to be claimed than the front of the queue.
+-- Whether there is more to be claimed than the front of the queue, or that is too much in bytes.
 beyond as materialized (
-    select exists (select from crowded) or exists (select from probation) as front
+    select exists (select from crowded) or exists (select from probation)
+        or (select coalesce(sum(bytes), 0) from fresh where bytes <= $13) > $14 as front
 ),
+--[
 first_picked as (
-    select id, destination_key, next_attempt_at, payload_bytes, turn, probation, attempts, max_attempts, reclaims
+    select id, destination_key, next_attempt_at, bytes, turn, probation, attempts, max_attempts, reclaims, reclaimed,
+        version
     from found
     where destination_key <> all (array(select destination_key from crowded))
-    --[
     union all
-    select id, destination_key, next_attempt_at, payload_bytes, turn, probation, attempts, max_attempts, reclaims
+    select id, destination_key, next_attempt_at, bytes, turn, probation, attempts, max_attempts, reclaims, reclaimed,
+        version
     from (
         select found.*, room,
             row_number() over (partition by destination_key order by turn, next_attempt_at, id) as nth
@@ -132,11 +143,9 @@ first_picked as (
     where nth <= room
     order by turn, next_attempt_at, id
     limit $8
-    --]
 ),
---[
 -- The front of the queue was cut off, and shares left some of it out: reach past the destinations that have theirs, by
--- one index probe for each destination.
+-- one index probe for each destination, going on where the last claim left off.
 taken as materialized (
     select destination_key, count(*) as events from first_picked group by destination_key
 ),
@@ -153,34 +162,43 @@ seats as materialized (
         (select jsonb_object_agg(destination_key, events) from taken) as taken
 ),
 destinations as (
-    (
-        select destination_key from leasehold.outbox_events
-        where delivery_status = 'pending' and lease_owner is null and reclaims < 3
-            and (next_attempt_at, id) >=
-                (coalesce('epoch'::timestamptz + $17 * interval '1 microsecond', '-infinity'), $18)
-            and (select events from missing) > 0
-        order by destination_key
-        limit 1
-    )
+    select $21::text collate "C" as destination_key, 0 as step, $21::text collate "C" < $22 as around
+    where (select events from missing) > 0
     union all
-    select (
-        select event.destination_key from leasehold.outbox_events as event
+    select coalesce(next.destination_key, first.destination_key), step + 1, around or next.destination_key is null
+    from destinations
+    left join lateral (
+        select event.destination_key
+        from leasehold.outbox_events as event
         where event.delivery_status = 'pending' and event.lease_owner is null and event.reclaims < 3
             and (event.next_attempt_at, event.id) >=
                 (coalesce('epoch'::timestamptz + $17 * interval '1 microsecond', '-infinity'), $18)
             and event.destination_key > destinations.destination_key
         order by event.destination_key
         limit 1
-    )
-    from destinations
-    where destinations.destination_key is not null
+    ) as next on true
+    left join lateral (
+        select event.destination_key
+        from leasehold.outbox_events as event
+        where event.delivery_status = 'pending' and event.lease_owner is null and event.reclaims < 3
+            and (event.next_attempt_at, event.id) >=
+                (coalesce('epoch'::timestamptz + $17 * interval '1 microsecond', '-infinity'), $18)
+            and next.destination_key is null and not around
+        order by event.destination_key
+        limit 1
+    ) as first on true
+    where step < $23 and case
+        when around or next.destination_key is null
+        then coalesce(next.destination_key, first.destination_key) <= $22
+        else true
+    end
 ),
 more as materialized (
-    select event.*
+    select event.*, destinations.step, destinations.destination_key
     from destinations
     cross join seats
     cross join lateral (
-        select id, destination_key, next_attempt_at, payload_bytes, attempts, max_attempts, reclaims
+        select id, next_attempt_at, payload_bytes as bytes, attempts, max_attempts, reclaims, ctid as version
         from leasehold.outbox_events
         where delivery_status = 'pending' and lease_owner is null and reclaims < 3
             and next_attempt_at <= leasehold.early_now()
@@ -197,14 +215,22 @@ more as materialized (
         )
         for no key update skip locked
     ) as event
-    where destinations.destination_key is not null
+    where destinations.step > 0
     limit (select events from missing)
+),
+-- The last destination of the walk, unless that came to the end of its lap.
+walk as materialized (
+    select exists (select from more) as found, case
+        when (select count(*) from more) < (select events from missing)
+            then (select destination_key from destinations where step = $23)
+        else (select destination_key from more order by step desc limit 1)
+    end as last
 ),
 -- Leases and events on probation had to be ranked before they could be locked. What others have locked is left out;
 -- what changed since is seen as it is now.
 ranked as materialized (
     select event.id, event.attempts, event.max_attempts, event.next_attempt_at, event.reclaims,
-        event.lease_owner is not null as reclaimed, event.payload_bytes as bytes
+        event.lease_owner is not null as reclaimed, event.payload_bytes as bytes, event.ctid as version
     from leasehold.outbox_events as event
     where event.id = any (array(select id from first_picked where turn < 2))
         and event.delivery_status = 'pending'
@@ -220,18 +246,15 @@ ranked as materialized (
         )
     for no key update skip locked
 ),
---]
 -- No payload goes through the steps: only its size.
 locked as (
-    select id, attempts, max_attempts, next_attempt_at, reclaims, false as reclaimed, payload_bytes as bytes
+    select id, attempts, max_attempts, next_attempt_at, reclaims, reclaimed, bytes, version
     from first_picked
     where turn = 2
-    --[
     union all
-    select id, attempts, max_attempts, next_attempt_at, reclaims, false, payload_bytes from more
+    select id, attempts, max_attempts, next_attempt_at, reclaims, false, bytes, version from more
     union all
     select * from ranked
-    --]
 ),
 sized as materialized (
     select locked.*,
@@ -240,6 +263,7 @@ sized as materialized (
     from locked
     window claim_order as (order by next_attempt_at, id rows unbounded preceding)
 ),
+--]
 -- The late clock is read once every row is locked.
 clock as materialized (
     select late, late + $2 * interval '1 microsecond' as until,
@@ -247,36 +271,46 @@ clock as materialized (
     from (
         select leasehold.late_now() as late, rows, allowed
         from (
+            --[
             select count(*) as rows, count(*) filter (where place = 1 or total <= $14) as allowed from sized
+            --]
+            --| select count(*) as rows, count(*) as allowed from fresh
         ) as every_row
     ) as read
 ),
-granted as materialized (
-    select sized.*,
+granted as (
+    select pick.*,
         case
             when attempts >= case when $7 = 0 then max_attempts else least(max_attempts, $7::bigint + 1) end then 'attempts'
             when $6 > 0 and reclaims + reclaimed::int > $6 then 'reclaims'
         end as spent
-    from sized
+    --[
+    from sized as pick
     where (place = 1 or total <= $14)
-        and (select late from clock) <= (select valid_until from server) /* and not (select front from beyond) */
+    --]
+    --| from fresh as pick
+    --| where not (select front from beyond)
+        and (select late from clock) <= (select valid_until from server)
 ),
+-- Where it was found when it was locked: no index is asked again. What changed between this statement's beginning and
+-- its lock is not to be seen there, and is left for the next claim.
 claimed as (
     update leasehold.outbox_events as event set
         lease_token = case
             when spent is not null and not reclaimed then event.lease_token
-            else greatest(event.lease_token + 1, millis)
+            else greatest(event.lease_token + 1, (select millis from clock))
         end,
         lease_owner = case when spent is null then $1 end,
-        lease_until = case when spent is null then until end,
+        lease_until = case when spent is null then (select until from clock) end,
         reclaims = event.reclaims + reclaimed::int,
         delivery_status = case when spent is null then 'pending' else 'failed' end,
         last_error = case spent when 'attempts' then $15 when 'reclaims' then $16 else event.last_error end,
-        updated_at = late
-    from granted cross join clock
-    where event.id = granted.id
-    returning event.id, event.lease_token, event.reclaims, spent, reclaimed, place,
-        event.event_id, event.event_type, event.destination_url, event.destination_key, event.attempts,
+        updated_at = (select late from clock)
+    from granted
+    where event.ctid = granted.version
+    -- In seconds, to be sorted by: as exact as its microseconds.
+    returning event.id, event.lease_token, event.reclaims, spent, reclaimed,
+        date_part('epoch', event.next_attempt_at) as due, event.event_id, event.event_type, event.destination_url, event.destination_key, event.attempts,
         event.max_attempts, bytes, case when spent is null and bytes <= $13 then event.payload::text end as body
 ),
 -- The front of the queue as this claim leaves it, locked or not: where the next one may start.
@@ -287,7 +321,7 @@ front as materialized (
         and next_attempt_at <= leasehold.early_now()
         and (next_attempt_at, id) >=
             (coalesce('epoch'::timestamptz + $17 * interval '1 microsecond', '-infinity'), $18)
-        and id not in (select granted.id from granted)
+        and id not in (select claimed.id from claimed)
     order by next_attempt_at, id
     limit 1
 ),
@@ -308,9 +342,17 @@ header as materialized (
         server.incarnation,
         search.expired as searched,
         (select front from beyond) as beyond_front,
+        --[
+        walk.last as walk_last,
+        walk.found as walk_found,
+        --]
         case
         -- Cut off by the bytes: there is more, and it is due.
         when clock.allowed < clock.rows then 0
+        --[
+        -- Or by the length of the walk: there may be more.
+        when clock.allowed < $8 and walk.last is not null then 0
+        --]
         when clock.allowed < $8 then (
             select (extract(epoch from next_attempt_at - server.early) * 1000000)::bigint
             from leasehold.outbox_events
@@ -319,7 +361,11 @@ header as materialized (
             order by next_attempt_at
             limit 1
         ) end as next_due_in
-    from server cross join search cross join clock left join front on true
+    from server cross join search cross join clock
+    --[
+    cross join walk
+    --]
+    left join front on true
 )
 -- One row of what is said once, and one for each event: repeated, it would be computed and sent with each of them.
 select header.*, claimed.* from header full join claimed on false

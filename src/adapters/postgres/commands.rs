@@ -19,6 +19,49 @@ const UNCERTAIN: &str =
 const MIGRATIONS: [(i32, &str); 1] =
     [(1, include_str!("../../../migrations/postgres/0001_create_outbox_events.sql"))];
 
+/// The ids that the events got, and their sizes as the database keeps them.
+async fn insert(
+    connection: &mut PgConnection,
+    events: &[NewEvent],
+) -> Result<Vec<(String, i32)>, sqlx::Error> {
+    let column = |of: fn(&NewEvent) -> Option<String>| events.iter().map(of).collect::<Vec<_>>();
+    sqlx::query_as(
+        "insert into leasehold.outbox_events
+             (event_id, event_type, destination_url, payload, max_attempts, next_attempt_at)
+         select coalesce(event_id, leasehold.new_event_id()), event_type, destination_url, payload::jsonb,
+             coalesce(max_attempts, 20), coalesce(to_timestamp(next_attempt_at / 1e6), now())
+         from unnest($1::text[], $2::text[], $3::text[], $4::text[], $5::int[], $6::bigint[]) with ordinality
+             as event (event_id, event_type, destination_url, payload, max_attempts, next_attempt_at, place)
+         order by place
+         returning event_id, payload_bytes",
+    )
+    .persistent(false)
+    .bind(column(|event| event.event_id.clone()))
+    .bind(column(|event| Some(event.event_type.clone())))
+    .bind(column(|event| Some(event.destination_url.clone())))
+    .bind(column(|event| Some(event.payload.clone())))
+    .bind(events.iter().map(|event| event.max_attempts).collect::<Vec<_>>())
+    .bind(events.iter().map(|event| event.next_attempt_at).collect::<Vec<_>>())
+    .fetch_all(connection)
+    .await
+}
+
+/// Whether the database refuses what a row contains: a value, a constraint, a limit, or what a trigger says.
+fn is_of_an_event(error: &sqlx::Error) -> bool {
+    let code = error.as_database_error().and_then(sqlx::error::DatabaseError::code);
+    code.is_some_and(|code| matches!(code.get(..2), Some("22" | "23" | "54" | "P0")))
+}
+
+fn refused(place: usize, error: &sqlx::Error) -> StoreError {
+    match error {
+        sqlx::Error::Database(refused) if refused.is_unique_violation() => {
+            StoreError::duplicate(place, &text(error))
+        }
+        _ if is_of_an_event(error) => StoreError::Refused { place, problem: text(error) },
+        _ => database("enqueueing", error),
+    }
+}
+
 impl Postgres {
     /// Applies what is missing of the migrations. Safe to run twice and from several processes at once.
     ///
@@ -88,39 +131,31 @@ impl Postgres {
     pub async fn enqueue(&self, events: &[NewEvent]) -> Result<Vec<String>, StoreError> {
         let mut connection = self.connect(true).await?;
         check_schema(&mut connection).await?;
-        let doing = |error: sqlx::Error| match &error {
-            sqlx::Error::Database(refused) if refused.code().as_deref() == Some("23505") => {
-                StoreError::Duplicate { error: text(&error) }
-            }
-            _ => database("enqueueing", &error),
-        };
+        let doing = |error: sqlx::Error| database("enqueueing", &error);
         let mut transaction = self.within(connection.begin_with(BEGIN)).await.map_err(doing)?;
         let mut ids = Vec::with_capacity(events.len());
         for batch in events.chunks(1_000) {
-            let column = |of: fn(&NewEvent) -> Option<String>| batch.iter().map(of).collect::<Vec<_>>();
-            let insert = sqlx::query_as(
-                "insert into leasehold.outbox_events
-                     (event_id, event_type, destination_url, payload, max_attempts, next_attempt_at)
-                 select coalesce(event_id, leasehold.new_event_id()), event_type, destination_url, payload::jsonb,
-                     coalesce(max_attempts, 20), coalesce(to_timestamp(next_attempt_at / 1e6), now())
-                 from unnest($1::text[], $2::text[], $3::text[], $4::text[], $5::int[], $6::bigint[]) with ordinality
-                     as event (event_id, event_type, destination_url, payload, max_attempts, next_attempt_at, place)
-                 order by place
-                 returning event_id, payload_bytes",
-            )
-            .persistent(false)
-            .bind(column(|event| event.event_id.clone()))
-            .bind(column(|event| Some(event.event_type.clone())))
-            .bind(column(|event| Some(event.destination_url.clone())))
-            .bind(column(|event| Some(event.payload.clone())))
-            .bind(batch.iter().map(|event| event.max_attempts).collect::<Vec<_>>())
-            .bind(batch.iter().map(|event| event.next_attempt_at).collect::<Vec<_>>())
-            .fetch_all(&mut *transaction);
-            let rows: Vec<(String, i32)> = self.within(insert).await.map_err(doing)?;
+            let mut whole = self.within(transaction.begin()).await.map_err(doing)?;
+            let rows = match self.within(insert(&mut whole, batch)).await {
+                Err(error) if is_of_an_event(&error) => {
+                    self.within(whole.rollback()).await.map_err(doing)?;
+                    // One by one, to say which of them it is.
+                    for (place, event) in batch.iter().enumerate() {
+                        let one = insert(&mut transaction, std::slice::from_ref(event));
+                        self.within(one).await.map_err(|error| refused(ids.len() + place, &error))?;
+                    }
+                    return Err(doing(error));
+                }
+                rows => rows.map_err(doing)?,
+            };
+            self.within(whole.commit()).await.map_err(doing)?;
             for (id, bytes) in rows {
-                let (place, bytes) = (ids.len(), u64::try_from(bytes).unwrap_or(0));
-                if bytes > self.options.max_payload {
-                    return Err(StoreError::Oversized { place, bytes });
+                if u64::try_from(bytes).unwrap_or(0) > self.options.max_payload {
+                    let allowed = self.options.max_payload;
+                    let problem = format!(
+                        "payload has {bytes} bytes as the database keeps it; allowed is max_payload, {allowed}"
+                    );
+                    return Err(StoreError::Refused { place: ids.len(), problem });
                 }
                 ids.push(id);
             }

@@ -24,8 +24,8 @@ use tokio::time::{Instant, timeout};
 pub use self::connect::PLANS;
 use self::connect::{BEGIN, Hosts, Lane};
 use self::error::{after_send, not_connected, text};
-use self::replies::{beyond_front, read_answers, read_claim, read_owned};
-use super::store::{CLAIM_BYTES, StoreError, clean};
+use self::replies::{beyond_front, read_answers, read_claim, read_owned, read_walk};
+use super::store::{CLAIM_BYTES, StoreError, WALK, Walk, clean};
 use crate::machine::{
     ClaimFailure, ClaimReply, ClaimRequest, LeaseKey, OwnedReply, OwnedRequest, RenewReply, RenewRequest,
     Settle, SettleReply, SettleRequest, StoreFault, WorkerId,
@@ -93,6 +93,7 @@ pub struct Postgres {
     caught_up: AtomicBool,
     /// Whether there was more to be claimed, last time, than the front of the queue.
     beyond_front: AtomicBool,
+    walk: Mutex<Walk<String>>,
     claim: Arc<str>,
     claim_front: Arc<str>,
     renew: Arc<str>,
@@ -119,6 +120,7 @@ impl Postgres {
             asleep_until: Mutex::new(None),
             caught_up: AtomicBool::new(false),
             beyond_front: AtomicBool::new(false),
+            walk: Mutex::default(),
             claim: CLAIM.into(),
             claim_front: claim_of_front(CLAIM).into(),
             renew: RENEW.replace("/* skip locked */", "skip locked").into(),
@@ -168,11 +170,16 @@ impl Postgres {
                 return read_claim(&rows).map_err(|error| unreadable(&error));
             }
         }
+        let mut walk = self.walk.lock().await;
         let mut front = !request.terms.expired && !self.beyond_front.load(Ordering::Relaxed);
         let claimed = loop {
-            let rows = self.call(&self.claims, self.claim_query(&request, front)).await?;
+            let rows = self.call(&self.claims, self.claim_query(&request, front, &walk)).await?;
             let beyond = beyond_front(&rows).map_err(|error| unreadable(&error))?;
             self.beyond_front.store(beyond, Ordering::Relaxed);
+            if !front {
+                let (last, found) = read_walk(&rows).map_err(|error| unreadable(&error))?;
+                walk.went(last, found);
+            }
             if !front || !beyond {
                 break read_claim(&rows).map_err(|error| unreadable(&error))?;
             }
@@ -186,7 +193,12 @@ impl Postgres {
     }
 
     /// The claim, or what there is of it at the front of the queue.
-    fn claim_query(&self, request: &ClaimRequest, front: bool) -> Query<'static, Database, PgArguments> {
+    fn claim_query(
+        &self,
+        request: &ClaimRequest,
+        front: bool,
+        walk: &Walk<String>,
+    ) -> Query<'static, Database, PgArguments> {
         let (keys, rooms): (Vec<String>, Vec<i32>) =
             request.shares.iter().map(|(key, room)| (key.as_str().to_owned(), count(*room))).unzip();
         let claim = if front { &self.claim_front } else { &self.claim };
@@ -211,6 +223,9 @@ impl Postgres {
             .bind(request.from.map_or(i64::MIN, |place| place.row.0))
             .bind(request.leases_from.unwrap_or_default().0)
             .bind(request.terms.valid_until.map(|until| until.as_micros()))
+            .bind(walk.last.clone())
+            .bind(walk.end.clone())
+            .bind(count(WALK))
     }
 
     async fn any_pending(&self) -> Result<bool, StoreFault> {
@@ -278,18 +293,18 @@ impl Postgres {
     }
 }
 
-/// The part of `claim.sql` that claims from the front of the queue only. It costs a quarter less.
+/// The part of `claim.sql` that claims from the front of the queue only. It costs half as much.
 pub fn claim_of_front(claim: &str) -> String {
     let mut beyond = false;
-    let lines = claim.lines().filter(|line| {
+    let lines = claim.lines().filter_map(|line| {
         let mark = matches!(line.trim(), "--[" | "--]");
         if mark {
             beyond = line.trim() == "--[";
         }
-        !beyond && !mark
+        (!beyond && !mark).then(|| line.trim_start().strip_prefix("--|").unwrap_or(line))
     });
     let front: Vec<&str> = lines.collect();
-    front.join("\n").replace("/* and not (select front from beyond) */", "and not (select front from beyond)")
+    front.join("\n")
 }
 
 /// Microseconds as the statements take them.

@@ -70,6 +70,13 @@ pub(super) fn beyond_front(rows: &[PgRow]) -> Result<bool, sqlx::Error> {
     header(rows)?.try_get("beyond_front")
 }
 
+/// Which destination a claim came to beyond the front of the queue, unless that was the end of its lap, and whether it
+/// found anything there.
+pub(super) fn read_walk(rows: &[PgRow]) -> Result<(Option<String>, bool), sqlx::Error> {
+    let header = header(rows)?;
+    Ok((header.try_get("walk_last")?, header.try_get("walk_found")?))
+}
+
 /// What a claim took, or the look in its place found.
 pub(super) fn read_claim(rows: &[PgRow]) -> Result<Claimed, sqlx::Error> {
     let header = header(rows)?;
@@ -92,10 +99,10 @@ pub(super) fn read_claim(rows: &[PgRow]) -> Result<Claimed, sqlx::Error> {
     let mut found = Vec::with_capacity(rows.len());
     for row in rows {
         if let Some(id) = row.try_get::<Option<i64>, _>("id")? {
-            found.push((row.try_get::<i64, _>("place")?, id, row));
+            found.push((row.try_get::<f64, _>("due")?, id, row));
         }
     }
-    found.sort_unstable_by_key(|(place, ..)| *place);
+    found.sort_unstable_by(|(due, id, _), (other, other_id, _)| due.total_cmp(other).then(id.cmp(other_id)));
     let mut messages = Vec::with_capacity(found.len());
     for (_, id, row) in found {
         match row.try_get::<Option<&str>, _>("spent")? {

@@ -2,13 +2,14 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::time::Duration;
 
 use bytes::Bytes;
 use sqlx::sqlite::SqliteRow;
 use sqlx::{Row as _, SqliteConnection};
 
 use super::{INCARNATION, Sqlite, micros, text};
-use crate::adapters::store::{CLAIM_BYTES, malformed};
+use crate::adapters::store::{CLAIM_BYTES, WALK, Walk, malformed};
 use crate::machine::{
     ClaimFailure, ClaimReply, ClaimRequest, DbTime, DestinationKey, Grant, Incarnation, LeaseKey, Row, RowId,
     Token, Unsendable,
@@ -19,7 +20,7 @@ const FRESH: &str = "delivery_status = 'pending' and lease_owner is null and rec
 
 /// A destination key as it is stored: nothing makes sure that a text is UTF-8, and one that isn't must not fail the claim
 /// of all (rule P6).
-type Key = Vec<u8>;
+pub(super) type Key = Vec<u8>;
 
 /// A row that a claim may take.
 struct Candidate {
@@ -93,12 +94,14 @@ async fn pick_all(
     Ok(())
 }
 
+/// What is to be taken, and whether there may be more that was not come to.
 async fn pick(
     connection: &mut SqliteConnection,
     request: &ClaimRequest,
     now: i64,
     search: bool,
-) -> Result<Vec<i64>, sqlx::Error> {
+    walk: &mut Walk<Key>,
+) -> Result<(Vec<i64>, bool), sqlx::Error> {
     let limit = i64::from(request.limit);
     let mut room = Room {
         limit: request.limit as usize,
@@ -132,50 +135,66 @@ async fn pick(
     for (id, destination) in fresh {
         room.pick(Candidate { id, destination, probation: false });
     }
-    if cut_off && !room.is_full() {
-        reach_past(connection, now, &seen, &mut room).await?;
-    }
-    Ok(room.picked)
+    let more = if cut_off && !room.is_full() {
+        reach_past(connection, now, &seen, &mut room, walk).await?
+    } else {
+        false
+    };
+    Ok((room.picked, more))
 }
 
-/// The front of the queue belongs to destinations that have their share: looks at each destination on its own.
+/// The front of the queue belongs to destinations that have their share: looks at each destination on its own. Answers
+/// whether it came to no end.
 async fn reach_past(
     connection: &mut SqliteConnection,
     now: i64,
     seen: &[i64],
     room: &mut Room,
-) -> Result<(), sqlx::Error> {
+    walk: &mut Walk<Key>,
+) -> Result<bool, sqlx::Error> {
     let next = format!(
         "select destination_key from outbox_events where {FRESH} and destination_key > cast(? as text)
          order by destination_key limit 1"
     );
+    let first =
+        format!("select destination_key from outbox_events where {FRESH} order by destination_key limit 1");
     let of = format!(
         "select id from outbox_events where {FRESH} and destination_key = cast(? as text) and next_attempt_at <= ?
          order by next_attempt_at, id limit ?"
     );
-    let mut destination = Key::new();
-    while !room.is_full() {
-        let found: Option<Key> = sqlx::query_scalar(sqlx::AssertSqlSafe(next.clone()))
-            .bind(&destination)
-            .fetch_optional(&mut *connection)
-            .await?;
-        let Some(found) = found else { break };
-        destination = found;
+    let picked = room.picked.len();
+    let mut last = walk.last.clone();
+    let mut around = last < walk.end;
+    let mut steps = 0;
+    let came_to = loop {
+        if steps == WALK || room.is_full() {
+            break Some(last);
+        }
+        let key = |sql: &str| sqlx::query_scalar::<_, Key>(sqlx::AssertSqlSafe(sql.to_owned()));
+        let mut found = key(&next).bind(&last).fetch_optional(&mut *connection).await?;
+        if found.is_none() && !around {
+            around = true;
+            found = key(&first).fetch_optional(&mut *connection).await?;
+        }
+        let Some(destination) = found.filter(|key| !around || *key <= walk.end) else { break None };
+        steps += 1;
         let left = *room.left(&destination);
-        if left == 0 {
-            continue;
+        if left > 0 {
+            let ids: Vec<i64> = sqlx::query_scalar(sqlx::AssertSqlSafe(of.clone()))
+                .bind(&destination)
+                .bind(now)
+                .bind(i64::from(left) + seen.len() as i64)
+                .fetch_all(&mut *connection)
+                .await?;
+            for id in ids.into_iter().filter(|id| !seen.contains(id)) {
+                room.pick(Candidate { id, destination: destination.clone(), probation: false });
+            }
         }
-        let ids: Vec<i64> = sqlx::query_scalar(sqlx::AssertSqlSafe(of.clone()))
-            .bind(&destination)
-            .bind(now)
-            .bind(i64::from(left) + seen.len() as i64)
-            .fetch_all(&mut *connection)
-            .await?;
-        for id in ids.into_iter().filter(|id| !seen.contains(id)) {
-            room.pick(Candidate { id, destination: destination.clone(), probation: false });
-        }
-    }
-    Ok(())
+        last = destination;
+    };
+    let cut_off = came_to.is_some() && !room.is_full();
+    walk.went(came_to, room.picked.len() > picked);
+    Ok(cut_off)
 }
 
 pub(super) async fn claim(store: &Sqlite, request: &ClaimRequest) -> Result<Claimed, sqlx::Error> {
@@ -199,7 +218,13 @@ pub(super) async fn claim(store: &Sqlite, request: &ClaimRequest) -> Result<Clai
     };
     let mut messages = Vec::new();
     let mut bytes = 0;
-    let picked = if valid { pick(connection, request, now.as_micros(), search).await? } else { Vec::new() };
+    let mut walk = store.walk.lock().await;
+    let (picked, more) = if valid {
+        pick(connection, request, now.as_micros(), search, &mut walk).await?
+    } else {
+        (Vec::new(), false)
+    };
+    reply.next_due_in = more.then_some(Duration::ZERO);
     for id in picked {
         let row = sqlx::query(
             "select *, length(cast(payload as blob)) as bytes, lease_owner is not null as reclaimed
@@ -211,7 +236,7 @@ pub(super) async fn claim(store: &Sqlite, request: &ClaimRequest) -> Result<Clai
         let size = u64::try_from(row.try_get::<i64, _>("bytes")?).unwrap_or(0);
         let sendable = size <= store.options.max_payload;
         if sendable && !messages.is_empty() && bytes + size > CLAIM_BYTES.unsigned_abs() {
-            reply.next_due_in = Some(std::time::Duration::ZERO);
+            reply.next_due_in = Some(Duration::ZERO);
             break;
         }
         bytes += if sendable { size } else { 0 };

@@ -10,13 +10,14 @@ use std::str::FromStr;
 use std::sync::Arc;
 use std::time::Duration;
 
+use sqlx::error::DatabaseError;
 use sqlx::sqlite::{
     SqliteConnectOptions, SqliteJournalMode, SqlitePool, SqlitePoolOptions, SqliteSynchronous,
 };
 use sqlx::{ConnectOptions, Row as _, Sqlite as Database, SqliteConnection, Transaction};
 use tokio::sync::{Mutex, MutexGuard};
 
-use super::store::{NewEvent, Page, Retain, Retired, Status, StoreError, clean};
+use super::store::{NewEvent, Page, Retain, Retired, Status, StoreError, Walk, clean};
 use crate::machine::{
     Answer, ClaimRequest, DbTime, LeaseKey, OwnedReply, OwnedRequest, RenewReply, RenewRequest, RowId,
     Settle, SettleReply, SettleRequest, StoreFault, Token, WorkerId,
@@ -70,6 +71,7 @@ pub struct Sqlite {
     /// for one write at most.
     turn: Mutex<()>,
     others: Mutex<()>,
+    walk: Mutex<Walk<claim::Key>>,
 }
 
 fn text(error: &sqlx::Error) -> String {
@@ -82,13 +84,17 @@ fn text(error: &sqlx::Error) -> String {
     }
 }
 
-/// What a failed call means. The primary result code is the low byte of SQLite's extended one.
+/// The primary result code is the low byte of SQLite's extended one.
+fn primary_code(error: &dyn DatabaseError) -> u32 {
+    error.code().and_then(|code| code.parse::<u32>().ok()).unwrap_or(0) & 0xff
+}
+
+/// What a failed call means.
 fn fault(error: &sqlx::Error) -> StoreFault {
     let error_text = text(error);
     match error {
         sqlx::Error::Database(database) => {
-            let code = database.code().and_then(|code| code.parse::<u32>().ok()).unwrap_or(0) & 0xff;
-            match code {
+            match primary_code(database.as_ref()) {
                 // BUSY, LOCKED, NOMEM, READONLY, INTERRUPT, IOERR, FULL, CANTOPEN, PROTOCOL: rolled back.
                 5..=10 | 13..=15 => StoreFault::NotApplied { error: error_text },
                 _ => StoreFault::Permanent { error: error_text },
@@ -103,9 +109,6 @@ fn database(doing: &'static str, error: &sqlx::Error) -> StoreError {
     match error {
         sqlx::Error::Database(refused) if refused.message().starts_with("no such table") => {
             StoreError::Schema { missing: refused.message().to_owned() }
-        }
-        sqlx::Error::Database(refused) if refused.is_unique_violation() => {
-            StoreError::Duplicate { error: text(error) }
         }
         _ => StoreError::Database { doing, error: text(error) },
     }
@@ -157,7 +160,14 @@ impl Sqlite {
         let doing = |error| database("opening the SQLite file", &error);
         let writer = open(1, connect.clone()).await.map_err(doing)?;
         let readers = open(2, connect).await.map_err(doing)?;
-        Ok(Self { writer, readers, options, turn: Mutex::new(()), others: Mutex::new(()) })
+        Ok(Self {
+            writer,
+            readers,
+            options,
+            turn: Mutex::default(),
+            others: Mutex::default(),
+            walk: Mutex::default(),
+        })
     }
 
     async fn write(&self, renewal: bool) -> Result<Write<'_>, sqlx::Error> {
@@ -245,7 +255,17 @@ impl Sqlite {
             if let Some(max) = event.max_attempts {
                 query = query.bind(max);
             }
-            ids.push(query.fetch_one(&mut *write.transaction).await.map_err(doing)?);
+            let id = query.fetch_one(&mut *write.transaction).await.map_err(|error| match &error {
+                sqlx::Error::Database(refused) if refused.is_unique_violation() => {
+                    StoreError::duplicate(ids.len(), &text(&error))
+                }
+                // SQLITE_CONSTRAINT
+                sqlx::Error::Database(refused) if primary_code(refused.as_ref()) == 19 => {
+                    StoreError::Refused { place: ids.len(), problem: text(&error) }
+                }
+                _ => doing(error),
+            })?;
+            ids.push(id);
         }
         write.transaction.commit().await.map_err(doing)?;
         Ok(ids)

@@ -481,9 +481,10 @@ impl Worker {
         if awake && !self.claims.backlog {
             self.claims.at = self.claims.at.min(self.now.after(self.settings.eager_poll));
         }
-        if let Some(due) = reply.next_due_in
-            && (found > 0 || !due.is_zero())
-        {
+        if let Some(due) = reply.next_due_in {
+            // One that found nothing where more may be due was cut off on its way there.
+            let cut_off = found == 0 && due.is_zero();
+            let due = if cut_off { self.settings.eager_poll } else { due };
             self.claims.at = self.claims.at.min(self.now.after(due));
         }
         if under_way.is_void(reply.db_now) {
