@@ -6,6 +6,8 @@ use alloc::vec::Vec;
 use core::fmt;
 use core::time::Duration;
 
+use super::time::Age;
+
 /// The lease timings (ARCHITECTURE.md, 'The lease protocol'). Accepted only if `H + 2R + M <= L`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Timing {
@@ -14,6 +16,12 @@ pub struct Timing {
     store_timeout: Duration,
     fence_margin: Duration,
     reclaim_grace: Duration,
+    // What follows from these, computed once: the machine compares ages with them at every input.
+    ripe: Age,
+    run: Age,
+    overdue: Age,
+    fence: Age,
+    watch: Age,
 }
 
 /// Timings as given; what is `None` takes its default from the lease.
@@ -120,7 +128,19 @@ impl Timing {
         if heartbeat.saturating_add(store_timeout * 2).saturating_add(fence_margin) > lease {
             return Err(vec![TimingError::Rule { heartbeat, store_timeout, fence_margin, lease }]);
         }
-        Ok(Self { lease, heartbeat, store_timeout, fence_margin, reclaim_grace })
+        let ripe = heartbeat / 2;
+        Ok(Self {
+            lease,
+            heartbeat,
+            store_timeout,
+            fence_margin,
+            reclaim_grace,
+            ripe: Age::of(ripe),
+            run: Age::of(ripe + ripe * 3 / 4),
+            overdue: Age::of(heartbeat + store_timeout),
+            fence: Age::of(lease - fence_margin),
+            watch: Age::of(fence_margin / 2),
+        })
     }
 
     /// `L`: how long a claim or renewal grants.
@@ -146,6 +166,31 @@ impl Timing {
     /// `G`: how long after it ran out a lease is left alone.
     pub const fn reclaim_grace(&self) -> Duration {
         self.reclaim_grace
+    }
+
+    /// `H/2`: from that age on a lease is renewed along with others (rule P5).
+    pub(super) const fn ripe(&self) -> Age {
+        self.ripe
+    }
+
+    /// Seven eighths of `H`: at that age the oldest lease begins a run of renewals (rule P5).
+    pub(super) const fn run(&self) -> Age {
+        self.run
+    }
+
+    /// `H + R`: a lease of that age should have been renewed (rule P4).
+    pub(super) const fn overdue(&self) -> Age {
+        self.overdue
+    }
+
+    /// `L - M`: the age at which a lease is fenced (rule P4).
+    pub(super) const fn fence(&self) -> Age {
+        self.fence
+    }
+
+    /// `M/2`: how long who holds leases sleeps at most (rule P4).
+    pub(super) const fn watch(&self) -> Age {
+        self.watch
     }
 }
 

@@ -7,6 +7,16 @@ pub(crate) fn micros(duration: Duration) -> u64 {
     duration.as_secs().saturating_mul(1_000_000).saturating_add(u64::from(duration.subsec_micros()))
 }
 
+/// An age in whole microseconds, worked out once where moments are compared with it at every input.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) struct Age(u64);
+
+impl Age {
+    pub(crate) fn of(duration: Duration) -> Self {
+        Self(micros(duration))
+    }
+}
+
 /// A point on a worker's own continuous clock, in microseconds since an arbitrary origin.
 ///
 /// The clock counts on while the machine sleeps (`CLOCK_BOOTTIME` on Linux; never `std::time::Instant`).
@@ -28,6 +38,12 @@ impl Moment {
     #[must_use]
     pub fn after(self, duration: Duration) -> Self {
         Self(self.0.saturating_add(micros(duration)))
+    }
+
+    /// When what began now has that age.
+    #[must_use]
+    pub(crate) fn aged(self, age: Age) -> Self {
+        Self(self.0.saturating_add(age.0))
     }
 
     /// Earlier by `duration`, saturating at the origin.

@@ -298,7 +298,7 @@ impl Worker {
         if self.ended.is_some() {
             return None;
         }
-        let watch = (!self.leases.is_empty()).then(|| self.now.after(self.timing().fence_margin() / 2));
+        let watch = (!self.leases.is_empty()).then(|| self.now.aged(self.timing().watch()));
         let fence = self
             .fences
             .first()
@@ -352,7 +352,7 @@ impl Worker {
         if planted!(self, FenceWithoutMargin) {
             return confirmed.after(self.timing().lease());
         }
-        confirmed.after(self.timing().lease()).before(self.timing().fence_margin())
+        confirmed.aged(self.timing().fence())
     }
 
     /// The database's time carried forward by the worker's own clock.

@@ -38,12 +38,11 @@ impl Worker {
     /// first failed try has its time in the rule `H + 2R + M <= L`.
     fn run_due_at(&self) -> Option<Moment> {
         let (oldest, _) = self.heartbeats.first()?;
-        let half = self.timing().heartbeat() / 2;
         if planted!(self, HeartbeatLate) {
             return Some(oldest.after(self.timing().lease()));
         }
-        let age = if self.renewals.more { half } else { half + half * 3 / 4 };
-        Some(oldest.after(age))
+        let age = if self.renewals.more { self.timing().ripe() } else { self.timing().run() };
+        Some(oldest.aged(age))
     }
 
     /// When locked rows are tried again: a lock that ends must be noticed, however many rows stay locked.
@@ -70,14 +69,13 @@ impl Worker {
 
     /// **P4**: whether a renewal is overdue by `R`. A row that somebody keeps locked holds up nothing but itself.
     pub(super) fn renewal_overdue(&self) -> bool {
-        let age = self.timing().heartbeat() + self.timing().store_timeout();
-        self.heartbeats.first().is_some_and(|(oldest, _)| oldest.after(age) < self.now)
+        self.heartbeats.first().is_some_and(|(oldest, _)| oldest.aged(self.timing().overdue()) < self.now)
     }
 
     /// The leases that may be renewed, the oldest first.
     fn ripe(&self) -> impl Iterator<Item = LeaseKey> {
-        let half = self.timing().heartbeat() / 2;
-        let ripe = self.heartbeats.iter().take_while(move |(confirmed, _)| confirmed.after(half) <= self.now);
+        let age = self.timing().ripe();
+        let ripe = self.heartbeats.iter().take_while(move |(confirmed, _)| confirmed.aged(age) <= self.now);
         ripe.map(|(_, key)| *key)
     }
 
