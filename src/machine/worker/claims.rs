@@ -240,15 +240,15 @@ impl Worker {
     }
 
     pub(super) fn claim_due_at(&self) -> Option<Moment> {
-        let room = self.room();
-        if self.drain.is_some()
-            || !self.claims.idle()
-            || room == 0
-            || self.settles.failing()
+        if !self.claims.idle() || self.drain.is_some() || self.settles.failing()
             // Who doesn't know what it owns claims nothing more, nor makes the next look wait.
             || (self.claims.look_failures > 0 && !planted!(self, ClaimsUnsure))
             || self.renewal_overdue()
         {
+            return None;
+        }
+        let room = self.room();
+        if room == 0 {
             return None;
         }
         // Worth a statement: half a batch, or nothing is left to start.

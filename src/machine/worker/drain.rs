@@ -51,10 +51,8 @@ impl Worker {
 
     /// `2R` before the timeout: aborts the rest.
     pub(super) fn advance_drain(&mut self) {
-        if let Some(drain) = &mut self.drain
-            && !drain.aborting
-            && drain.abort_at <= self.now
-        {
+        let Some(drain) = &mut self.drain else { return };
+        if !drain.aborting && drain.abort_at <= self.now {
             drain.aborting = true;
             for key in self.leases_where(|phase| *phase == Phase::Open) {
                 self.stop(key, Aborting::Drained);

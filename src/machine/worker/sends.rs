@@ -37,7 +37,7 @@ impl Worker {
 
     /// Starts what may start: one event of each destination in turn. **P4**: while a renewal is overdue by `R`, nothing.
     pub(super) fn start_sends(&mut self) {
-        if self.drain.is_some() || self.renewal_overdue() {
+        if self.ring.is_empty() || self.drain.is_some() || self.renewal_overdue() {
             return;
         }
         while (self.open < self.settings.limits().max_in_flight || planted!(self, RequestsUnlimited))
