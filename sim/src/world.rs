@@ -180,6 +180,8 @@ pub struct World<'a> {
     agenda: Vec<Due>,
     /// The timer of the process in each slot: each of its inputs sets it anew, so that most never ring.
     timers: Vec<Order>,
+    /// The first of them to ring, and whose it is.
+    first_timer: (Order, usize),
     /// Time-outs of calls, in order for each of the schedule's settings: most never happen.
     timeouts: Vec<VecDeque<(u64, u32)>>,
     pub(crate) worker_settings: Vec<WorkerSettings>,
@@ -245,6 +247,7 @@ impl<'a> World<'a> {
             hints: Rng::new(schedule.seed, "notifications"),
             agenda: Vec::with_capacity(256),
             timers: vec![NEVER; schedule.slots.len()],
+            first_timer: (NEVER, 0),
             timeouts: vec![VecDeque::new(); schedule.settings.len()],
             worker_settings,
             store: Store::new(EPOCH, destinations, forgets_until.is_some(), options.bug),
@@ -303,8 +306,26 @@ impl<'a> World<'a> {
         match time {
             // Another order of equal times is drawn for another time only.
             Some(time) if time_of(self.timers[slot]) == time.max(self.now) => {}
-            Some(time) => self.timers[slot] = self.order(time),
-            None => self.timers[slot] = NEVER,
+            Some(time) => {
+                let order = self.order(time);
+                self.move_timer(slot, order);
+            }
+            None => self.move_timer(slot, NEVER),
+        }
+    }
+
+    /// Keeps the first of the timers known.
+    fn move_timer(&mut self, slot: usize, order: Order) {
+        self.timers[slot] = order;
+        if order < self.first_timer.0 {
+            self.first_timer = (order, slot);
+        } else if slot == self.first_timer.1 {
+            self.first_timer = (NEVER, slot);
+            for (slot, order) in self.timers.iter().enumerate() {
+                if *order < self.first_timer.0 {
+                    self.first_timer = (*order, slot);
+                }
+            }
         }
     }
 
@@ -389,14 +410,9 @@ impl<'a> World<'a> {
 
     /// Whatever is due first; a time-out before anything else of the same time.
     fn next(&mut self) -> Option<(u64, Happening)> {
-        let mut first = self.agenda.last().map_or(NEVER, |due| due.order);
-        let mut rings = None;
-        for (slot, timer) in self.timers.iter().enumerate() {
-            if *timer < first {
-                (first, rings) = (*timer, Some(slot));
-            }
-        }
-        let mut first = time_of(first);
+        let (timer, slot) = self.first_timer;
+        let agenda = self.agenda.last().map_or(NEVER, |due| due.order);
+        let mut first = time_of(agenda.min(timer));
         let mut timed_out = None;
         for (settings, queue) in self.timeouts.iter_mut().enumerate() {
             while let Some(&(at, call)) = queue.front().filter(|(at, _)| *at <= first) {
@@ -412,8 +428,8 @@ impl<'a> World<'a> {
         if let Some((at, call)) = timed_out.and_then(|settings| self.timeouts[settings].pop_front()) {
             return Some((at, Happening::Driver(self.calls[call as usize].worker, Item::TimedOut(call))));
         }
-        if let Some(slot) = rings {
-            self.timers[slot] = NEVER;
+        if timer < agenda {
+            self.move_timer(slot, NEVER);
             return Some((first, Happening::Wake(slot as u32)));
         }
         self.agenda.pop().map(|due| (first, due.happening))
