@@ -119,18 +119,11 @@ impl Statement {
         }
     }
 
-    /// Another one in its place, with the room that its lists have.
+    /// Another one in its place, with the room that its lists have. What only a claim that has begun has, it sets itself.
     pub(crate) fn replace(&mut self, call: u32, worker: u32, ask: Ask) {
-        *self = Self {
-            rows: cleared(&mut self.rows),
-            candidates: cleared(&mut self.candidates),
-            picked: cleared(&mut self.picked),
-            ..Self::new(call, worker, ask)
-        };
+        (self.call, self.worker, self.ask, self.epoch) = (call, worker, ask, u32::MAX);
+        self.rows.clear();
+        self.candidates.clear();
+        self.picked.clear();
     }
-}
-
-fn cleared<T>(list: &mut Vec<T>) -> Vec<T> {
-    list.clear();
-    std::mem::take(list)
 }
