@@ -196,12 +196,14 @@ impl Store {
         let early = self.db(statement.began);
         let seen = self.seen(statement.began);
         let up_for = statement.began.saturating_sub(self.booted);
-        let long_up = self.booted == 0
-            || Duration::from_micros(up_for) >= request.terms.lease
-            || self.has(Bug::UpIgnored);
-        let known = request.incarnation.as_ref() == Some(&self.incarnation);
+        let long_up = || {
+            self.booted == 0
+                || Duration::from_micros(up_for) >= request.terms.lease
+                || self.has(Bug::UpIgnored)
+        };
+        let known = || request.incarnation.as_ref() == Some(&self.incarnation);
         let valid = request.terms.valid(early);
-        statement.searched = request.terms.expired && long_up && known && valid;
+        statement.searched = request.terms.expired && valid && long_up() && known();
         let terms = self.terms(request, statement.searched);
         statement.candidates.clear();
         let (mut next_due, mut leases_front) = (None, Token(i64::MAX));
@@ -283,6 +285,10 @@ impl Store {
     /// changed stays locked.
     fn lock_picked(&mut self, id: u32, statement: &mut Statement) {
         let Ask::Claim(request) = &statement.ask else { return };
+        if statement.candidates.is_empty() {
+            statement.front = Some(Place::behind(self.db(statement.began)));
+            return;
+        }
         let seen = self.seen(statement.began);
         let terms = self.terms(request, statement.searched);
         let valid = terms.valid(self.db(statement.began));
