@@ -185,7 +185,13 @@ impl World<'_> {
             return;
         }
         let twice = self.net.rarely(self.weather.duplicate);
-        book.reply = Some(Box::new(reply));
+        book.reply = Some(match self.spare_replies.pop() {
+            Some(mut place) => {
+                *place = reply;
+                place
+            }
+            None => Box::new(reply),
+        });
         self.after(delay, Happening::ReplyArrives(call));
         if twice {
             self.after(delay + 1_000, Happening::ReplyArrives(call));

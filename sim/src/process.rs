@@ -193,7 +193,7 @@ impl World<'_> {
                 let (Some(arrived), false) = (book.arrived, book.done) else { return };
                 book.done = true;
                 if let Some(reply) = book.reply.take() {
-                    self.answered(worker, call, arrived, *reply);
+                    self.answered(worker, call, arrived, reply);
                 }
             }
             Item::TimedOut(call) => {
@@ -260,9 +260,9 @@ impl World<'_> {
         }
     }
 
-    fn answered(&mut self, worker: u32, call: u32, arrived: u64, reply: Reply) {
+    fn answered(&mut self, worker: u32, call: u32, arrived: u64, mut place: Box<Reply>) {
         let request = self.calls[call as usize].request;
-        let fault = match reply {
+        let fault = match *place {
             Reply::NotApplied => Some(StoreFault::NotApplied { error: String::new() }),
             Reply::Permanent => Some(StoreFault::Permanent { error: String::new() }),
             _ => None,
@@ -274,19 +274,22 @@ impl World<'_> {
             } else {
                 self.emit(Fact::CallFailed { worker, call });
             }
+            self.spare_replies.push(place);
             let input = self.fault_input(call, fault);
             self.input(worker, input);
             return;
         }
         self.emit(Fact::CallAnswered { worker, call, arrived });
-        if let Reply::Claim(reply) = &reply {
+        if let Reply::Claim(reply) = &*place {
             for (grant, end) in unsendable(reply) {
                 let (event, token) = (grant.key.row.0 as u32, grant.key.token.0);
                 self.emit(Fact::RequestEnded { worker, event, token, end });
                 self.emit(Fact::OutcomeKnown { worker, event, token });
             }
         }
-        if let Some(input) = input_of(request, reply) {
+        let input = input_of(request, std::mem::replace(&mut *place, Reply::NotApplied));
+        self.spare_replies.push(place);
+        if let Some(input) = input {
             self.input(worker, input);
         }
     }

@@ -193,6 +193,9 @@ pub struct World<'a> {
     /// Places of statements that are over.
     #[allow(clippy::vec_box, reason = "the boxes are what is kept")]
     pub(crate) spare: Vec<Box<Statement>>,
+    /// Places of replies that were handled.
+    #[allow(clippy::vec_box, reason = "the boxes are what is kept")]
+    pub(crate) spare_replies: Vec<Box<Reply>>,
     pub(crate) requests: Vec<Request>,
     pub(crate) manners: Vec<Option<Manner>>,
     pub(crate) kills: Vec<u32>,
@@ -256,6 +259,7 @@ impl<'a> World<'a> {
             calls: Vec::with_capacity(512),
             statements: Vec::with_capacity(512),
             spare: Vec::new(),
+            spare_replies: Vec::new(),
             requests: Vec::with_capacity(256),
             manners: vec![None; destinations],
             kills: schedule.events.iter().map(|event| event.kills).collect(),
