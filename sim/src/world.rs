@@ -339,11 +339,16 @@ impl<'a> World<'a> {
             return;
         }
         self.trace.push(self.now, &fact);
-        self.violation = self.oracle.observe(self.now, &fact).err();
+        if let Err(violation) = self.oracle.observe(self.now, &fact) {
+            self.violation = Some(violation);
+        }
     }
 
     /// Writes what the store did.
     pub(crate) fn emit_store_facts(&mut self) {
+        if self.facts.is_empty() {
+            return;
+        }
         let mut facts = std::mem::take(&mut self.facts);
         for fact in facts.drain(..) {
             self.emit(fact);

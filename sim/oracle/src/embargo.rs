@@ -64,9 +64,15 @@ impl Oracle {
 
     pub(crate) fn call_met(&mut self, worker: u32, lane: Lane, sent: Micros) {
         let now = self.now;
-        let outage = self.workers[worker as usize].outage;
+        let outage = &mut self.workers[worker as usize].outage;
+        if outage.missed.is_none() && outage.returns == self.returns.len() {
+            // Mostly: nothing was missed, and the database has not been away.
+            outage.answered = sent;
+            return;
+        }
+        let outage = *outage;
         let mut after = Outage { answered: sent, ..outage };
-        if outage.missed.is_none_or(|first| first <= sent) {
+        if outage.missed.is_some_and(|first| first <= sent) {
             after.missed = None;
             let mut begun = outage.unsure.into_iter().chain(outage.over);
             let clear = !outage.refused && begun.all(|began| now >= self.embargo_is_over(worker, began));
