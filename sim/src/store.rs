@@ -69,6 +69,8 @@ pub(crate) struct Store {
     /// Counts the commits.
     pub(crate) commits: u64,
     pub(crate) rooms: Vec<u32>,
+    /// What a claim that takes its locks may take: a list that is used again.
+    found: Vec<(u8, u32)>,
     pub(crate) bug: Option<Bug>,
 }
 
@@ -90,6 +92,7 @@ impl Store {
             waiting: Vec::new(),
             commits: 0,
             rooms: Vec::new(),
+            found: Vec::new(),
             bug,
         }
     }
@@ -207,17 +210,23 @@ impl Store {
         let terms = self.terms(request, statement.searched);
         statement.candidates.clear();
         let (mut next_due, mut leases_front) = (None, Token(i64::MAX));
-        let mut consider = |row: u32| {
+        let all: Vec<u32>;
+        let mut rows = &self.pending;
+        if self.has(Bug::ClaimTerminal) {
+            all = (0..self.rows.len() as u32).collect();
+            rows = &all;
+        }
+        for &row in rows {
             let state = &self.rows[row as usize];
             let (leased, probation, due) =
                 (state.lease.is_some(), state.on_probation(), state.next_attempt_at);
             if !leased && !probation && due > early {
                 next_due = Some(next_due.map_or(due, |next: DbTime| next.min(due)));
             }
-            if leased && request.leases_from.is_some_and(|from| state.token < from) {
-                return;
-            }
             if leased {
+                if request.leases_from.is_some_and(|from| state.token < from) {
+                    continue;
+                }
                 leases_front = leases_front.min(state.token);
             }
             if self.meta[row as usize].exists && self.eligible(row, seen, &terms) {
@@ -233,15 +242,10 @@ impl Store {
                     statement.candidates.push((turn, due, row));
                 }
             }
-        };
-        if self.has(Bug::ClaimTerminal) {
-            (0..self.rows.len() as u32).for_each(&mut consider);
-        } else {
-            self.pending.iter().copied().for_each(&mut consider);
         }
         statement.candidates.sort_unstable();
         let candidates = statement.candidates.iter().map(|&(turn, _, row)| (turn, row)).filter(|_| valid);
-        statement.picked = self.choose(request, candidates);
+        self.choose(request, candidates, &mut statement.picked);
         statement.leases_front = statement.searched.then_some(leases_front);
         statement.next_due_in = next_due.map(|due| due.since(early));
         statement.pending = self.pending.len();
@@ -252,17 +256,19 @@ impl Store {
         &mut self,
         request: &ClaimRequest,
         candidates: impl Iterator<Item = (u8, u32)>,
-    ) -> Vec<(u8, u32)> {
+        chosen: &mut Vec<(u8, u32)>,
+    ) {
+        chosen.clear();
         let mut candidates = candidates.peekable();
         if candidates.peek().is_none() {
-            return Vec::new();
+            return;
         }
         self.rooms.clear();
         for key in &self.keys {
             let room = request.shares.binary_search_by(|(name, _)| name.cmp(key));
             self.rooms.push(room.map_or(request.share, |at| request.shares[at].1));
         }
-        let (mut chosen, mut probation) = (Vec::new(), request.probation);
+        let mut probation = request.probation;
         for (turn, row) in candidates {
             if chosen.len() >= request.limit as usize {
                 break;
@@ -276,7 +282,6 @@ impl Store {
             probation -= u32::from(suspect);
             chosen.push((turn, row));
         }
-        chosen
     }
 
     /// Locks what a claim takes and nobody has locked. Fresh events are locked as they are found, so that others come in
@@ -292,8 +297,9 @@ impl Store {
         let seen = self.seen(statement.began);
         let terms = self.terms(request, statement.searched);
         let valid = terms.valid(self.db(statement.began));
-        let mut candidates = std::mem::take(&mut statement.picked);
-        candidates.retain(|(turn, _)| *turn < FRESH);
+        let mut candidates = std::mem::take(&mut self.found);
+        candidates.clear();
+        candidates.extend(statement.picked.iter().filter(|(turn, _)| *turn < FRESH));
         let mut front = request.limit;
         for &(turn, _, row) in &statement.candidates {
             if turn != FRESH || !valid || !self.is_free(row) {
@@ -309,9 +315,11 @@ impl Store {
                 candidates.push((turn, row));
             }
         }
-        let mut picked = self.choose(request, candidates.into_iter());
+        let picked = &mut statement.picked;
+        self.choose(request, candidates.iter().copied(), picked);
+        self.found = candidates;
         picked.retain(|(_, row)| self.is_free(*row));
-        for (_, row) in &picked {
+        for (_, row) in &*picked {
             if !statement.rows.contains(row) {
                 statement.rows.push(*row);
             }
@@ -328,7 +336,7 @@ impl Store {
         if !terms.valid(self.db(statement.locked)) {
             picked.clear();
         }
-        self.cut_off(&mut picked);
+        self.cut_off(picked);
         statement.allowed = picked.len();
         // A row is changed where this statement's snapshot shows it, or not at all.
         if self.bug != Some(Bug::DoubleClaim) {
@@ -341,7 +349,6 @@ impl Store {
         });
         let left = left.map(|&(_, due, row)| place(due, row)).next();
         statement.front = Some(left.unwrap_or(Place::behind(self.db(statement.began))));
-        statement.picked = picked;
     }
 
     /// Leaves what would be too much for one reply, but for what comes first, in the order of due times.
