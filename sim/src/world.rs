@@ -184,6 +184,8 @@ pub struct World<'a> {
     first_timer: (Order, usize),
     /// Time-outs of calls, in order for each of the schedule's settings: most never happen.
     timeouts: Vec<VecDeque<(u64, u32)>>,
+    /// None of them comes before that.
+    first_timeout: u64,
     pub(crate) worker_settings: Vec<WorkerSettings>,
     pub(crate) store: Store,
     pub(crate) slots: Vec<SlotState>,
@@ -252,6 +254,7 @@ impl<'a> World<'a> {
             timers: vec![NEVER; schedule.slots.len()],
             first_timer: (NEVER, 0),
             timeouts: vec![VecDeque::new(); schedule.settings.len()],
+            first_timeout: u64::MAX,
             worker_settings,
             store: Store::new(EPOCH, destinations, forgets_until.is_some(), options.bug),
             slots: vec![SlotState::default(); schedule.slots.len()],
@@ -415,27 +418,34 @@ impl<'a> World<'a> {
     pub(crate) fn time_out_after(&mut self, settings: usize, call: u32) {
         let at = self.now + self.schedule.settings[settings].store_timeout;
         self.timeouts[settings].push_back((at, call));
+        self.first_timeout = self.first_timeout.min(at);
+    }
+
+    /// The first time-out by then of a call that is under way.
+    fn next_timeout(&mut self, by: u64) -> Option<(u64, Happening)> {
+        let mut first = (u64::MAX, 0);
+        for (settings, queue) in self.timeouts.iter_mut().enumerate() {
+            while queue.pop_front_if(|(_, call)| self.calls[*call as usize].done).is_some() {}
+            let next = queue.front().map_or(u64::MAX, |(at, _)| *at);
+            first = first.min((next, settings));
+        }
+        self.first_timeout = first.0;
+        if first.0 > by {
+            return None;
+        }
+        let (at, call) = self.timeouts[first.1].pop_front()?;
+        Some((at, Happening::Driver(self.calls[call as usize].worker, Item::TimedOut(call))))
     }
 
     /// Whatever is due first; a time-out before anything else of the same time.
     fn next(&mut self) -> Option<(u64, Happening)> {
         let (timer, slot) = self.first_timer;
         let agenda = self.agenda.last().map_or(NEVER, |due| due.order);
-        let mut first = time_of(agenda.min(timer));
-        let mut timed_out = None;
-        for (settings, queue) in self.timeouts.iter_mut().enumerate() {
-            while let Some(&(at, call)) = queue.front().filter(|(at, _)| *at <= first) {
-                if !self.calls[call as usize].done {
-                    if timed_out.is_none() || at < first {
-                        (first, timed_out) = (at, Some(settings));
-                    }
-                    break;
-                }
-                queue.pop_front();
-            }
-        }
-        if let Some((at, call)) = timed_out.and_then(|settings| self.timeouts[settings].pop_front()) {
-            return Some((at, Happening::Driver(self.calls[call as usize].worker, Item::TimedOut(call))));
+        let first = time_of(agenda.min(timer));
+        if self.first_timeout <= first
+            && let Some(timed_out) = self.next_timeout(first)
+        {
+            return Some(timed_out);
         }
         if timer < agenda {
             self.move_timer(slot, NEVER);
