@@ -65,24 +65,29 @@ impl LocalClock {
 pub struct DbClockModel {
     /// (from when, offset), the first one from 0.
     steps: Vec<(Micros, i64)>,
+    /// The last one.
+    last: (Micros, i64),
 }
 
 impl DbClockModel {
     /// A clock that shows `epoch` at the beginning.
     pub fn new(epoch: DbMicros) -> Self {
-        Self { steps: vec![(0, epoch)] }
+        Self { steps: vec![(0, epoch)], last: (0, epoch) }
     }
 
     /// What it shows, or showed.
     pub fn at(&self, time: Micros) -> DbMicros {
+        if time >= self.last.0 {
+            return time as i64 + self.last.1;
+        }
         let step = self.steps.iter().rev().find(|(from, _)| *from <= time);
         time as i64 + step.map_or(0, |(_, offset)| *offset)
     }
 
     /// Steps it.
     pub fn step(&mut self, at: Micros, by: i64) {
-        let offset = self.steps.last().map_or(0, |(_, offset)| *offset);
-        self.steps.push((at, offset + by));
+        self.last = (at, self.last.1 + by);
+        self.steps.push(self.last);
     }
 
     /// The sum of the sizes of all steps at or after `since`.
