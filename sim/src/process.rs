@@ -69,7 +69,8 @@ pub(crate) struct Process {
     pub(crate) inbox: VecDeque<Item>,
     /// When the machine wants to be woken, by the worker's clock.
     due: Option<Moment>,
-    inputs: u32,
+    /// Inputs since the machine last checked itself.
+    unchecked: u32,
     /// Crash after so many more effects.
     pub(crate) crash_amid: Option<u32>,
     pub(crate) crash_on_answer: bool,
@@ -103,7 +104,7 @@ impl World<'_> {
             draining: false,
             inbox: VecDeque::new(),
             due: None,
-            inputs: 0,
+            unchecked: 0,
             crash_amid: None,
             crash_on_answer: false,
             pause_at_send: None,
@@ -302,9 +303,12 @@ impl World<'_> {
             return;
         }
         process.machine.handle(now, input);
-        process.inputs += 1;
-        if self.options.bug.is_none() && process.inputs.is_multiple_of(self.options.check_machines_every) {
-            process.machine.assert_invariants();
+        process.unchecked += 1;
+        if process.unchecked == self.options.check_machines_every {
+            process.unchecked = 0;
+            if self.options.bug.is_none() {
+                process.machine.assert_invariants();
+            }
         }
         while process.machine.poll_observation().is_some() {}
         loop {
