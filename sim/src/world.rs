@@ -294,8 +294,13 @@ impl<'a> World<'a> {
     /// Has something happen at a time; equal times are ordered by the seed.
     pub(crate) fn at(&mut self, time: u64, happening: Happening) {
         let order = self.order(time);
+        let due = Due { order, happening };
+        if self.agenda.last().is_none_or(|first| first.order > order) {
+            // Most of what is added happens before all else.
+            return self.agenda.push(due);
+        }
         let place = self.agenda.iter().rposition(|due| due.order > order).map_or(0, |later| later + 1);
-        self.agenda.insert(place, Due { order, happening });
+        self.agenda.insert(place, due);
     }
 
     pub(crate) fn after(&mut self, delay: u64, happening: Happening) {
