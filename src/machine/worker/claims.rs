@@ -232,11 +232,11 @@ impl Worker {
 
     /// **P7**: a call that was given up on may lie somewhere on its way for minutes, and what it would take then would be
     /// found by no look. By the database's clock as far as it is known: a step within `G` voids no claim in time.
-    fn valid_until(&self) -> Option<DbTime> {
+    fn valid_until(&self, db_now: DbTime) -> Option<DbTime> {
         let timing = self.timing();
         let valid = timing.store_timeout().saturating_add(timing.reclaim_grace());
         let valid = if planted!(self, ClaimsValidForEver) { valid * 1_000 } else { valid };
-        self.db.map(|_| self.db_now().after(valid))
+        self.db.map(|_| db_now.after(valid))
     }
 
     pub(super) fn claim_due_at(&self) -> Option<Moment> {
@@ -314,7 +314,7 @@ impl Worker {
         let leases_from =
             if planted!(self, LeasesFrontKept) { self.claims.leases.place } else { leases_from };
         let request = self.next_request();
-        let valid_until = self.valid_until();
+        let valid_until = self.valid_until(db_now);
         let asleep = self.claims.awake_until <= self.now;
         let claim = ClaimRequest {
             owner: self.id.clone(),
