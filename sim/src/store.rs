@@ -291,7 +291,7 @@ impl Store {
     fn lock_picked(&mut self, id: u32, statement: &mut Statement) {
         let Ask::Claim(request) = &statement.ask else { return };
         if statement.candidates.is_empty() {
-            statement.front = Some(Place::behind(self.db(statement.began)));
+            (statement.front, statement.allowed) = (Some(Place::behind(self.db(statement.began))), 0);
             return;
         }
         let seen = self.seen(statement.began);
