@@ -70,6 +70,7 @@ bugs! {
     SettleUnguarded, Place::Store, S5, 1000, "the settle has no guard";
     SettleIgnoresToken, Place::Store, S5, 5000, "the settle's guard does not look at the token";
     SettleRefusesExpired, Place::Store, S5, 5000, "a settle after the lease's end is refused";
+    RenewedIsRefused, Place::Store, S5, 5000, "a settle refuses what was renewed since its snapshot";
     SettleTerminalAgain, Place::Store, S7, 5000, "a repeated settle is applied a second time";
     TokenKept, Place::Store, S5, 200, "the claim does not raise the token";
     AttemptsKept, Place::Store, S6, 200, "a settled try spends no attempt";

@@ -649,11 +649,11 @@ impl Store {
         let mut answers = Vec::with_capacity(request.entries.len());
         for (key, settle) in &request.entries {
             let event = row_of(*key);
-            let answer = if !self.meta[event as usize].exists {
+            let unseen = self.is_out_of_sight(statement, &request.owner, *key);
+            let mistaken = unseen && self.has(Bug::RenewedIsRefused);
+            let answer = if !self.meta[event as usize].exists || mistaken {
                 Answer::Refused
-            } else if !statement.rows.contains(&event)
-                || self.is_out_of_sight(statement, &request.owner, *key)
-            {
+            } else if !statement.rows.contains(&event) || unseen {
                 Answer::Skipped
             } else {
                 self.remember(now, event);
