@@ -4,6 +4,7 @@ use std::future::Future;
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use bytes::Bytes;
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWriteExt as _};
@@ -117,9 +118,12 @@ impl Server {
 
     /// Resolves once every connection is done with.
     pub(crate) async fn ended(&self) {
-        while self.finished.load(SeqCst) < self.connections.load(SeqCst) {
-            tokio::time::sleep(std::time::Duration::from_millis(5)).await;
-        }
+        let ended = async {
+            while self.finished.load(SeqCst) < self.connections.load(SeqCst) {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        };
+        tokio::time::timeout(Duration::from_secs(60), ended).await.expect("every connection comes to an end");
     }
 }
 
