@@ -72,7 +72,7 @@ create table leasehold.outbox_events (
     last_status int,
     last_error text,
     -- A column, which is computed when one of the two changes: a check runs at every update, and two regular expressions
-    -- would be a tenth of what a delivery costs the server.
+    -- would be a twentieth of what a delivery costs the server.
     visible_ascii boolean not null generated always as (
         event_id !~ '[^\x21-\x7e]' and octet_length(event_id) between 1 and 255
         and event_type !~ '[^\x21-\x7e]' and octet_length(event_type) between 1 and 255

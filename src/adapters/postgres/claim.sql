@@ -161,11 +161,12 @@ seats as materialized (
     select (select jsonb_object_agg(key, room) from rooms) as rooms,
         (select jsonb_object_agg(destination_key, events) from taken) as taken
 ),
+-- Behind the last destination by name comes the empty name, and with it the first one.
 destinations as (
     select $21::text collate "C" as destination_key, 0 as step, $21::text collate "C" < $22 as around
     where (select events from missing) > 0
     union all
-    select coalesce(next.destination_key, first.destination_key), step + 1, around or next.destination_key is null
+    select coalesce(next.destination_key, ''), step + 1, around or next.destination_key is null
     from destinations
     left join lateral (
         select event.destination_key
@@ -177,19 +178,9 @@ destinations as (
         order by event.destination_key
         limit 1
     ) as next on true
-    left join lateral (
-        select event.destination_key
-        from leasehold.outbox_events as event
-        where event.delivery_status = 'pending' and event.lease_owner is null and event.reclaims < 3
-            and (event.next_attempt_at, event.id) >=
-                (coalesce('epoch'::timestamptz + $17 * interval '1 microsecond', '-infinity'), $18)
-            and next.destination_key is null and not around
-        order by event.destination_key
-        limit 1
-    ) as first on true
     where step < $23 and case
-        when around or next.destination_key is null
-        then coalesce(next.destination_key, first.destination_key) <= $22
+        when next.destination_key is null then not around
+        when around then next.destination_key <= $22
         else true
     end
 ),

@@ -293,7 +293,7 @@ impl Postgres {
     }
 }
 
-/// The part of `claim.sql` that claims from the front of the queue only. It costs half as much.
+/// The part of `claim.sql` that claims from the front of the queue only: a statement of far fewer steps.
 pub fn claim_of_front(claim: &str) -> String {
     let mut beyond = false;
     let lines = claim.lines().filter_map(|line| {

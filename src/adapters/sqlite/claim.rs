@@ -156,8 +156,6 @@ async fn reach_past(
         "select destination_key from outbox_events where {FRESH} and destination_key > cast(? as text)
          order by destination_key limit 1"
     );
-    let first =
-        format!("select destination_key from outbox_events where {FRESH} order by destination_key limit 1");
     let of = format!(
         "select id from outbox_events where {FRESH} and destination_key = cast(? as text) and next_attempt_at <= ?
          order by next_attempt_at, id limit ?"
@@ -170,13 +168,17 @@ async fn reach_past(
         if steps == WALK || room.is_full() {
             break Some(last);
         }
-        let key = |sql: &str| sqlx::query_scalar::<_, Key>(sqlx::AssertSqlSafe(sql.to_owned()));
-        let mut found = key(&next).bind(&last).fetch_optional(&mut *connection).await?;
-        if found.is_none() && !around {
-            around = true;
-            found = key(&first).fetch_optional(&mut *connection).await?;
-        }
-        let Some(destination) = found.filter(|key| !around || *key <= walk.end) else { break None };
+        let found: Option<Key> = sqlx::query_scalar(sqlx::AssertSqlSafe(next.clone()))
+            .bind(&last)
+            .fetch_optional(&mut *connection)
+            .await?;
+        let destination = match found {
+            Some(key) if !around || key <= walk.end => key,
+            // Behind the last one by name comes the empty name, and with it the first one.
+            None if !around => Key::new(),
+            _ => break None,
+        };
+        around |= destination.is_empty();
         steps += 1;
         let left = *room.left(&destination);
         if left > 0 {
