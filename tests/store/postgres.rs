@@ -899,6 +899,23 @@ fn a_look_reads_the_queue_by_due_time_alone() {
     });
 }
 
+/// A session that holds the gate `pg_advisory_lock(1)` shut, and fires no trigger.
+async fn gatekeeper(bed: &Pg) -> PgConnection {
+    let mut keeper = session(bed).await;
+    exec(&mut keeper, "select pg_advisory_lock(1); set session_replication_role = replica").await;
+    keeper
+}
+
+/// Waits until a statement stands at the gate, makes a change, and opens it.
+async fn change_meanwhile(bed: &Pg, keeper: &mut PgConnection, change: &str) {
+    let waits = "select exists (select from pg_locks where locktype = 'advisory' and not granted
+         and database = (select oid from pg_database where datname = current_database()))";
+    while !sqlx::query_scalar::<_, bool>(waits).fetch_one(&bed.pool).await.unwrap() {
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+    exec(keeper, &format!("{change}; select pg_advisory_unlock(1)")).await;
+}
+
 /// A renewal that commits between a settle's snapshot and its locks hides the row from it, but takes no lease away.
 #[test]
 fn a_renewal_meanwhile_makes_a_settle_skip_and_never_refuse() {
@@ -917,20 +934,48 @@ fn a_renewal_meanwhile_makes_a_settle_skip_and_never_refuse() {
         )
         .await
         .unwrap();
-        let mut other = session(bed).await;
-        exec(&mut other, "select pg_advisory_lock(1); set session_replication_role = replica").await;
-        let renew = async {
-            let waits = "select exists (select from pg_locks where locktype = 'advisory' and not granted
-                 and database = (select oid from pg_database where datname = current_database()))";
-            while !sqlx::query_scalar::<_, bool>(waits).fetch_one(&bed.pool).await.unwrap() {
-                tokio::time::sleep(Duration::from_millis(1)).await;
-            }
-            let renew = "update leasehold.outbox_events set lease_until = lease_until + interval '1 second'";
-            exec(&mut other, &format!("{renew}; select pg_advisory_unlock(1)")).await;
-        };
+        let mut keeper = gatekeeper(bed).await;
+        let renew = "update leasehold.outbox_events set lease_until = lease_until + interval '1 second'";
+        let renew = change_meanwhile(bed, &mut keeper, renew);
         let (answer, ()) = tokio::join!(bed.settle("w", lease, delivered()), renew);
         assert_eq!(answer, Answer::Skipped);
         assert_eq!(bed.settle("w", lease, delivered()).await, Answer::Applied);
+    });
+}
+
+/// What changes between a claim's snapshot and its locks is left, and nothing passes it over.
+#[test]
+fn a_change_meanwhile_is_left_to_the_next_claim() {
+    on_postgres(async |bed| {
+        // A claim asks for the incarnation when it has its snapshot and no lock yet.
+        let incarnation = bed.incarnation();
+        bed.run(&format!(
+            "create or replace function leasehold.incarnation() returns text language plpgsql as $$ begin
+                 perform pg_advisory_lock(1);
+                 perform pg_advisory_unlock(1);
+                 return '{}';
+             end $$",
+            incarnation.as_str()
+        ))
+        .await
+        .unwrap();
+        for expired in [false, true] {
+            let (changed, other) = (bed.due().await, bed.due().await);
+            let mut request = bed.request("w");
+            request.terms.expired = expired;
+            let mut keeper = gatekeeper(bed).await;
+            let change =
+                format!("update leasehold.outbox_events set payload = '[\"new\"]' where id = {changed}");
+            let (claimed, ()) =
+                tokio::join!(bed.claim(request.clone()), change_meanwhile(bed, &mut keeper, &change));
+            assert_eq!(ids(&claimed), [other], "whole: {expired}");
+            let front = claimed.reply.front.expect("a front");
+            assert_eq!((front.row.0, front.due), (changed, bed.now()), "whole: {expired}");
+            request.from = Some(front);
+            let claimed = bed.claim(request).await;
+            assert_eq!(ids(&claimed), [changed], "whole: {expired}");
+            assert_eq!(claimed.messages[0].payload, "[\"new\"]");
+        }
     });
 }
 
