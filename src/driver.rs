@@ -36,6 +36,21 @@ impl Events {
 pub trait Observer: Send {
     /// Takes one observation; `events` still knows every lease that it names, orphans aside.
     fn observe(&mut self, observation: &Observation, events: &Events);
+
+    /// Looks at the worker after each input.
+    fn look(&mut self, _worker: &Worker) {}
+}
+
+impl<A: Observer, B: Observer> Observer for (A, B) {
+    fn observe(&mut self, observation: &Observation, events: &Events) {
+        self.0.observe(observation, events);
+        self.1.observe(observation, events);
+    }
+
+    fn look(&mut self, worker: &Worker) {
+        self.0.look(worker);
+        self.1.look(worker);
+    }
 }
 
 /// Why a driver could not go on.
@@ -163,6 +178,7 @@ impl<O: Outbox, G: Gateway, C: Clock, W: Observer> Running<O, G, C, W> {
         while let Some(observation) = self.worker.poll_observation() {
             self.driver.observer.observe(&observation, &self.events);
         }
+        self.driver.observer.look(&self.worker);
         while let Some(action) = self.worker.poll_action() {
             self.act(action);
         }

@@ -3,6 +3,8 @@
 //! Levels: error, an operator must act; warn, the promise is at risk; info, the life of the process and one line a
 //! cycle; debug, each event.
 
+pub mod metrics;
+
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
@@ -132,14 +134,15 @@ impl Observer for Telemetry {
                 info!(worker, after_ms = after.as_millis() as u64, "the store answers again");
             }
             Observation::HeartbeatEnded { key, why } => {
-                let (event, lease) = (id(key), key.to_string());
+                let (event, lease, why_word) = (id(key), key.to_string(), end_word(*why));
                 match why {
-                    HeartbeatEnd::Settled => debug!(worker, event, lease, why = "settled", "heartbeat ended"),
-                    HeartbeatEnd::Drained => info!(worker, event, lease, why = "drained", "heartbeat ended"),
-                    HeartbeatEnd::Lost => warn!(worker, event, lease, why = "lost", "heartbeat ended"),
-                    HeartbeatEnd::Fenced => warn!(worker, event, lease, why = "fenced", "heartbeat ended"),
+                    HeartbeatEnd::Settled => debug!(worker, event, lease, why = why_word, "heartbeat ended"),
+                    HeartbeatEnd::Drained => info!(worker, event, lease, why = why_word, "heartbeat ended"),
+                    HeartbeatEnd::Lost | HeartbeatEnd::Fenced => {
+                        warn!(worker, event, lease, why = why_word, "heartbeat ended");
+                    }
                     HeartbeatEnd::Abandoned => {
-                        error!(worker, event, lease, why = "abandoned", "heartbeat ended")
+                        error!(worker, event, lease, why = why_word, "heartbeat ended");
                     }
                 }
             }
@@ -155,7 +158,7 @@ impl Observer for Telemetry {
             }
             Observation::Settled { key, kind, status, repeated } => {
                 let (event, lease) = (id(key), key.to_string());
-                debug!(worker, event, lease, outcome = word(*kind), status, repeated, "settled");
+                debug!(worker, event, lease, outcome = settle_word(*kind), status, repeated, "settled");
             }
             Observation::SettleRefused { key, kind: SettleKind::Delivered } => warn!(
                 worker,
@@ -164,7 +167,7 @@ impl Observer for Telemetry {
                 "a success could not be settled since the lease is lost: the event goes out again"
             ),
             Observation::SettleRefused { key, kind } => {
-                warn!(worker, event = id(key), lease = %key, outcome = word(*kind), "settle refused: the lease is lost");
+                warn!(worker, event = id(key), lease = %key, outcome = settle_word(*kind), "settle refused: the lease is lost");
             }
             Observation::SettleAbandoned { key, error } => error!(
                 worker,
@@ -208,12 +211,24 @@ impl Observer for Telemetry {
     }
 }
 
-fn word(kind: SettleKind) -> &'static str {
+/// The word for a settle, in logs and metrics.
+fn settle_word(kind: SettleKind) -> &'static str {
     match kind {
         SettleKind::Delivered => "delivered",
         SettleKind::Retry => "retry",
         SettleKind::Failed => "failed",
         SettleKind::Release => "release",
+    }
+}
+
+/// The word for why a heartbeat ended.
+fn end_word(end: HeartbeatEnd) -> &'static str {
+    match end {
+        HeartbeatEnd::Settled => "settled",
+        HeartbeatEnd::Drained => "drained",
+        HeartbeatEnd::Lost => "lost",
+        HeartbeatEnd::Fenced => "fenced",
+        HeartbeatEnd::Abandoned => "abandoned",
     }
 }
 

@@ -18,8 +18,8 @@ use crate::adapters::store::{NewEvent, Status, StoreError};
 /// How often `status --watch` looks.
 const WATCH_EVERY: Duration = Duration::from_secs(1);
 
-/// How long `status` waits: it counts the whole table.
-const STATUS_TIMEOUT: Duration = Duration::from_secs(300);
+/// How long counts of the outbox are waited for: all of it is read.
+pub(super) const STATUS_TIMEOUT: Duration = Duration::from_secs(300);
 
 /// Nobody reads standard output any more, as with `| head -1`: no mistake, but no reason to go on.
 #[derive(Debug)]
@@ -166,7 +166,7 @@ async fn status(settings: &Settings, json: bool, watch: bool) -> anyhow::Result<
     }
 }
 
-fn status_json(status: &Status) -> serde_json::Value {
+pub(super) fn status_json(status: &Status) -> serde_json::Value {
     serde_json::json!({
         "pending": status.pending,
         "due": status.due,
@@ -257,6 +257,5 @@ fn warnings(settings: &Settings) -> Vec<String> {
             "https destinations can't be verified, so that nothing can be sent there: {problem}"
         ));
     }
-    warnings.extend(settings.in_vain().map(str::to_owned));
     warnings
 }

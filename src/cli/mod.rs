@@ -1,5 +1,6 @@
 //! The command line: what can be asked for, with which settings, and how events are read.
 
+mod admin;
 pub mod commands;
 pub mod enqueue;
 mod retain;

@@ -7,15 +7,18 @@ use std::sync::Arc;
 
 use anyhow::{Context, bail};
 use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::task::JoinSet;
 use tokio::time::timeout;
 use tracing::{info, warn};
 
+use super::admin::Admin;
 use super::store::Store;
 use super::{retain, settings::Settings};
 use crate::adapters::clock::BootClock;
 use crate::adapters::http::{HttpGateway, IDLE_IN_ALL};
 use crate::adapters::store::{Retain, StoreError};
 use crate::adapters::telemetry::Telemetry;
+use crate::adapters::telemetry::metrics::Metrics;
 use crate::driver::Driver;
 use crate::machine::{Ended, WorkerId};
 use crate::ports::Outbox;
@@ -56,15 +59,20 @@ pub async fn run(mut settings: Settings, until_empty: bool) -> anyhow::Result<Ex
     if let Some(problem) = gateway.tls_problem() {
         warn!(problem, "https destinations can't be verified");
     }
-    if let Some(what) = settings.in_vain() {
-        warn!("{what}");
-    }
     info!(
         worker = id.as_str(),
         lease_ms = timing.lease().as_millis() as u64,
         heartbeat_ms = timing.heartbeat().as_millis() as u64,
         "worker started"
     );
+    // Beside the worker: dropped, they end.
+    let mut beside = JoinSet::new();
+    let metrics = Metrics::default();
+    if let Some(address) = settings.admin_addr {
+        let listener = Admin::listen(address).await?;
+        info!(address = %listener.local_addr().unwrap_or(address), "serving health, metrics and status");
+        beside.spawn(Admin::new(id.clone(), metrics.clone(), store.clone()).serve(listener));
+    }
     // A database that is not there yet is no reason to end: the machine tries again. A missing schema is.
     let checked = tokio::select! {
         checked = timeout(timing.store_timeout(), store.check_schema()) => checked,
@@ -78,16 +86,15 @@ pub async fn run(mut settings: Settings, until_empty: bool) -> anyhow::Result<Ex
         Ok(Err(error)) => warn!(%error, "the schema could not be looked at; starting all the same"),
         Ok(Ok(())) | Err(_) => {}
     }
-    let retiring = (settings.retain != Retain::Keep)
-        .then(|| tokio::spawn(retain::retire(store.clone(), settings.retain, timing.store_timeout())));
+    if settings.retain != Retain::Keep {
+        beside.spawn(retain::retire(store.clone(), settings.retain, timing.store_timeout()));
+    }
     let gateway = Arc::new(gateway);
     let ended = match store {
-        Store::Postgres(outbox) => drive(outbox, gateway, id.clone(), settings, shutdown).await?,
-        Store::Sqlite(outbox) => drive(outbox, gateway, id.clone(), settings, shutdown).await?,
+        Store::Postgres(outbox) => drive(outbox, gateway, id.clone(), settings, metrics, shutdown).await?,
+        Store::Sqlite(outbox) => drive(outbox, gateway, id.clone(), settings, metrics, shutdown).await?,
     };
-    if let Some(retiring) = retiring {
-        retiring.abort();
-    }
+    drop(beside);
     info!(worker = id.as_str(), aborted = ended.aborted, unsettled = ended.unsettled, "worker ended");
     Ok(if ended == (Ended { aborted: 0, unsettled: 0 }) { ExitCode::SUCCESS } else { DRAINED_BADLY.into() })
 }
@@ -97,9 +104,11 @@ async fn drive<O: Outbox>(
     gateway: Arc<HttpGateway>,
     id: WorkerId,
     settings: Settings,
+    metrics: Metrics,
     shutdown: impl Future<Output = ()>,
 ) -> anyhow::Result<Ended> {
-    let driver = Driver { outbox, gateway, clock: Arc::new(BootClock), observer: Telemetry::new(id.clone()) };
+    let observer = (Telemetry::new(id.clone()), metrics);
+    let driver = Driver { outbox, gateway, clock: Arc::new(BootClock), observer };
     Ok(driver.run(id, settings.worker, shutdown).await?)
 }
 

@@ -110,19 +110,12 @@ pub struct Settings {
     pub max_payload: u32,
     /// What becomes of delivered events.
     pub retain: Retain,
-    /// Where health, metrics and status are to be served one day.
+    /// Where health, metrics and status are served.
     pub admin_addr: Option<SocketAddr>,
     /// What is logged.
     pub log: LogSettings,
     /// Each setting's name, value (a secret's is not shown) and origin, for `check`.
     pub shown: Vec<(&'static str, String, Origin)>,
-}
-
-impl Settings {
-    /// What is set in vain: `check` and `run` say so.
-    pub fn in_vain(&self) -> Option<&'static str> {
-        self.admin_addr.is_some().then_some("admin_addr is set, but this version serves nothing there")
-    }
 }
 
 /// Everything that is wrong with the settings, one line each.

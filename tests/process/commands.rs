@@ -252,17 +252,6 @@ async fn a_signal_ends_a_watch_by_its_own_doing() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_is_set_in_vain_is_said_by_check_and_run() {
-    let bed = Bed::new().await.set(&[("ADMIN_ADDR", "127.0.0.1:9")]);
-    let output = text(&bed.leasehold(&["check"], None).await);
-    let mut worker = bed.worker("w", &["--until-empty"]);
-    assert_eq!(worker.end().await, Some(0), "{}", worker.log());
-    for said in [output, worker.log()] {
-        assert_eq!(said.matches("admin_addr is set, but").count(), 1, "{said}");
-    }
-}
-
-#[tokio::test(flavor = "multi_thread")]
 async fn a_bad_row_harms_no_other() {
     let bed = Bed::new().await.set(&[("MAX_PAYLOAD", "1KiB"), ("MAX_ATTEMPTS", "1")]);
     let receiver = Receiver::start(|_| (MS, 200)).await;

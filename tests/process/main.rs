@@ -1,5 +1,6 @@
 //! The real binary against a real Postgres and real sockets, really killed.
 
+mod admin;
 mod bed;
 mod commands;
 #[path = "../common/mod.rs"]

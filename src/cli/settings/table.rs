@@ -114,7 +114,7 @@ pub const SETTINGS: &[Setting] = &[
     setting("drain_timeout", Kind::Duration, Some("28s"), "How long a shutdown may take; more than 2 * store_timeout"),
     setting("retain", Kind::Text, Some("keep"), "What becomes of delivered events: keep, archive (Postgres) or delete; one that left no longer guards its id against being enqueued again"),
     setting("retain_for", Kind::Duration, Some("720h"), "How long a delivered event is kept: in the outbox before delete, in the archive before its day is dropped; 1m to 876000h"),
-    setting("admin_addr", Kind::Text, None, "Reserved for health, metrics and status: this version serves nothing there"),
+    setting("admin_addr", Kind::Text, None, "Where to serve /healthz, /readyz, /metrics, /api/status and a page, without a password"),
     setting("log", Kind::Text, Some("info"), "Log filter: a level for leasehold's own lines, or target=level with commas"),
     setting("log_format", Kind::Text, Some("text"), "text, or json for machines"),
 ];

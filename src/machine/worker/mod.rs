@@ -328,6 +328,16 @@ impl Worker {
         self.open
     }
 
+    /// Whether the store has answered, and no call has failed since it did.
+    pub fn store_answers(&self) -> bool {
+        self.db.is_some() && self.failing_since.is_none()
+    }
+
+    /// Whether it was told to end.
+    pub fn draining(&self) -> bool {
+        self.drain.is_some()
+    }
+
     /// The fence of a lease whose request may start or is open: renewals move it on while the driver connects (rule P4).
     pub fn start_before(&self, key: LeaseKey) -> Option<Moment> {
         let held = self.leases.get(&key).filter(|held| held.phase == Phase::Open)?;
