@@ -1,5 +1,7 @@
-//! What runs out: a worker's memory, the disk, and the time of a worker that is cut off inside a pooler's transaction.
+//! What runs out: a worker's memory, the disk, the time of a worker that is cut off inside a pooler's transaction, and
+//! the patience of a server whose answer nobody takes.
 
+use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::{Duration, Instant};
@@ -201,5 +203,36 @@ async fn a_full_disk_stops_work_and_loses_nothing() {
     assert_eq!(worker.end().await, Some(0), "{}", worker.log());
     ground.assert_logs_are_clean();
     drop((connection, reader));
+    server.crash().await;
+}
+
+/// A worker's machine is gone while the server sends it what it claimed: the server can't end the statement, which keeps
+/// the rows locked, before it is told for how long to wait.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_worker_that_is_gone_had_claimed_is_unlocked() {
+    const FREE: &str = "select count(*) from (
+        select from leasehold.outbox_events where delivery_status = 'pending' and lease_owner is null
+        for update skip locked) as free";
+    let _alone = ALONE.lock().await;
+    let (mut ground, mut server) = Ground::new().await;
+    // A socket of the file system has no such limit.
+    server.address = "127.88.54.32";
+    server.crash().await;
+    server.start().await;
+    ground.set(&[("LEASE", "30s"), ("STORE_TIMEOUT", "5s")]);
+    let network = Proxy::start(Upstream::Tcp((Ipv4Addr::new(127, 88, 54, 32), 5432).into())).await;
+    let mut worker = ground.worker("worker", &format!("postgres://postgres@{}/postgres", network.address));
+    let receiver = Receiver::start(|_| (MS, 200)).await;
+    let mut connection = server.admin().await;
+    insert(&mut connection, &receiver.url(), 1, 10).await;
+    until(&mut connection, DELIVERED, |count| count == 1).await;
+    network.set(Weather::NoLongAnswers);
+    // More than what the kernel keeps of an answer that is not read.
+    insert(&mut connection, &receiver.url(), 8, 1_000_000).await;
+    until(&mut connection, FREE, |free| free < 8).await;
+    network.set(Weather::Cut);
+    worker.child.kill().await.expect("it runs");
+    until(&mut connection, FREE, |free| free == 8).await;
+    drop(connection);
     server.crash().await;
 }

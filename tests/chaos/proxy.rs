@@ -1,5 +1,6 @@
 //! A TCP proxy that loses, delays and spoils what goes through it.
 
+use std::future::pending;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -19,6 +20,8 @@ pub(crate) enum Weather {
     Cut,
     /// What is asked arrives, answers don't.
     NoAnswers,
+    /// Of an answer that fills the proxy's hands nothing more is taken.
+    NoLongAnswers,
     /// Questions don't arrive, what was asked before is answered.
     NoQuestions,
     /// Each piece takes this long.
@@ -43,7 +46,9 @@ impl Weather {
             Self::Cut => false,
             Self::NoAnswers => way == Way::Questions,
             Self::NoQuestions => way == Way::Answers,
-            Self::Fair | Self::Slow(_) | Self::Lossy | Self::Refuse | Self::Garbage => true,
+            Self::Fair | Self::NoLongAnswers | Self::Slow(_) | Self::Lossy | Self::Refuse | Self::Garbage => {
+                true
+            }
         }
     }
 
@@ -136,6 +141,7 @@ async fn pump(
         };
         match now {
             Weather::Slow(time) => sleep(time).await,
+            Weather::NoLongAnswers if way == Way::Answers && read == piece.len() => pending().await,
             // The least time after which Linux sends again.
             Weather::Lossy if number % 4 == 3 => sleep(Duration::from_millis(200)).await,
             _ => {}

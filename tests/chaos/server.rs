@@ -18,6 +18,8 @@ use crate::postgres_binaries::{command, find_binaries, server_user};
 pub(crate) struct Server {
     home: PathBuf,
     child: Option<Child>,
+    /// The address beside its socket at which it listens from the next start on; none if empty.
+    pub(crate) address: &'static str,
 }
 
 fn program(name: &str, home: &Path) -> Command {
@@ -51,7 +53,7 @@ impl Server {
         let mut initdb = program("initdb", &home);
         initdb.args(["-D", "data", "-U", "postgres", "--auth=trust", "-E", "UTF8", "--locale=C", "-N"]);
         run(initdb).await;
-        let mut server = Self { home, child: None };
+        let mut server = Self { home, child: None, address: "" };
         server.start().await;
         server
     }
@@ -63,7 +65,7 @@ impl Server {
         backup.args(["-D", "data", "-R", "-U", "postgres", "-X", "stream", "-c", "fast", "-h", "127.0.0.1"]);
         backup.args(["-p", &primary.port().to_string()]);
         run(backup).await;
-        let mut server = Self { home, child: None };
+        let mut server = Self { home, child: None, address: "" };
         server.start().await;
         server
     }
@@ -72,8 +74,8 @@ impl Server {
         let log = self.home.join("log");
         let log = OpenOptions::new().create(true).append(true).open(log).expect("a log file");
         let mut postgres = program("postgres", &self.home);
-        postgres.args(["-D", "data", "-c", "listen_addresses=", "-c", "max_connections=300", "-k"]);
-        postgres.arg(&self.home).stderr(log);
+        postgres.args(["-D", "data", "-c", "max_connections=300", "-c"]);
+        postgres.arg(format!("listen_addresses={}", self.address)).arg("-k").arg(&self.home).stderr(log);
         self.child = Some(postgres.spawn().expect("postgres starts"));
         let start = Instant::now();
         while self.connect().await.is_err() {
