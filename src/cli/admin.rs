@@ -15,6 +15,7 @@ use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper::{Method, Request, Response, StatusCode};
 use hyper_util::rt::{TokioIo, TokioTimer};
+use prometheus_client::encoding::prometheus_text;
 use prometheus_client::registry::Registry;
 use serde_json::json;
 use tokio::net::TcpListener;
@@ -31,22 +32,43 @@ use crate::machine::WorkerId;
 /// Whoever holds connections open here takes no more of the process's file descriptors than this.
 const MOST_CONNECTIONS: usize = 16;
 
-/// How long a client may take to say what it wants.
+/// How long a client may take to say what it wants,
 const HEADERS_WITHIN: Duration = Duration::from_secs(5);
 
-/// How long a request for counts waits for the first of them.
+/// and to have its answer.
+const ANSWERED_WITHIN: Duration = Duration::from_secs(20);
+
+/// How long a request for counts waits for new ones, if those there are are
 const COUNTED_WITHIN: Duration = Duration::from_secs(10);
+
+/// older than this.
+const OLD: Duration = Duration::from_secs(60);
 
 /// Counting takes a tenth of the time at the most, whoever asks how often.
 const COUNT_SHARE: u32 = 10;
 
+/// The pause after a count: at least this,
+const LEAST_PAUSE: Duration = Duration::from_secs(1);
+
+/// and after one that failed at most.
+const PAUSE_AFTER_FAILURE: Duration = Duration::from_secs(10);
+
 const PAGE: &str = include_str!("admin.html");
+
+/// Listens.
+///
+/// # Errors
+/// When the address is not to be had.
+pub(super) async fn listen(address: SocketAddr) -> anyhow::Result<TcpListener> {
+    let listener = TcpListener::bind(address).await;
+    listener.with_context(|| format!("admin_addr: {address} can't be listened at"))
+}
 
 /// The last count of the outbox.
 #[derive(Clone, Debug)]
 struct Counted {
     at: Instant,
-    status: Status,
+    status: Result<Status, String>,
 }
 
 /// What is shown.
@@ -57,7 +79,7 @@ pub(super) struct Admin {
     store: Store,
     /// Somebody wants to know the counts.
     asked: Notify,
-    counted: watch::Sender<Option<Result<Counted, String>>>,
+    counted: watch::Sender<Option<Counted>>,
 }
 
 impl Admin {
@@ -67,59 +89,48 @@ impl Admin {
         Self { worker, metrics, registry, store, asked: Notify::new(), counted: watch::Sender::new(None) }
     }
 
-    /// Listens.
-    ///
-    /// # Errors
-    /// When the address is not to be had.
-    pub(super) async fn listen(address: SocketAddr) -> anyhow::Result<TcpListener> {
-        let listener = TcpListener::bind(address).await;
-        listener.with_context(|| format!("admin_addr: {address} can't be listened at"))
-    }
-
     /// Answers until it is dropped.
     pub(super) async fn serve(self, listener: TcpListener) {
         let admin = Arc::new(self);
-        let mut tasks = JoinSet::new();
-        tasks.spawn(Arc::clone(&admin).count());
+        tokio::join!(Arc::clone(&admin).count(), admin.accept(listener));
+    }
+
+    async fn accept(self: Arc<Self>, listener: TcpListener) {
+        let mut connections = JoinSet::new();
         let room = Arc::new(Semaphore::new(MOST_CONNECTIONS));
         loop {
-            while tasks.try_join_next().is_some() {}
+            while connections.try_join_next().is_some() {}
             let Ok(seat) = Arc::clone(&room).acquire_owned().await else { return };
             let Ok((stream, _)) = listener.accept().await else {
                 // As when the process has no file descriptor left.
                 sleep(Duration::from_millis(100)).await;
                 continue;
             };
-            let admin = Arc::clone(&admin);
-            tasks.spawn(async move {
+            let admin = Arc::clone(&self);
+            connections.spawn(async move {
                 let service = service_fn(|request| {
                     let admin = Arc::clone(&admin);
                     async move { Ok::<_, Infallible>(admin.answer(&request).await) }
                 });
                 let mut server = http1::Builder::new();
-                server.timer(TokioTimer::new()).header_read_timeout(HEADERS_WITHIN);
-                // A client that breaks off is no matter of this worker's.
-                let _ = server.serve_connection(TokioIo::new(stream), service).await;
+                server.timer(TokioTimer::new()).header_read_timeout(HEADERS_WITHIN).keep_alive(false);
+                // A client that breaks off, or takes no answer, is no matter of this worker's.
+                let _ =
+                    timeout(ANSWERED_WITHIN, server.serve_connection(TokioIo::new(stream), service)).await;
                 drop(seat);
             });
         }
     }
 
     async fn answer<B>(&self, request: &Request<B>) -> Response<Full<Bytes>> {
-        let path = request.uri().path();
-        if !["/", "/healthz", "/readyz", "/metrics", "/api/status"].contains(&path) {
-            return plain(
-                StatusCode::NOT_FOUND,
-                "there are /, /healthz, /readyz, /metrics and /api/status\n",
-            );
-        }
-        if ![Method::GET, Method::HEAD].contains(request.method()) {
-            let mut refused = plain(StatusCode::METHOD_NOT_ALLOWED, "only GET and HEAD\n");
-            refused.headers_mut().insert(ALLOW, HeaderValue::from_static("GET, HEAD"));
-            return refused;
-        }
-        match path {
-            // A worker that can't go on ends, so that one which answers lives.
+        let reads = [Method::GET, Method::HEAD].contains(request.method());
+        match request.uri().path() {
+            "/" | "/healthz" | "/readyz" | "/metrics" | "/api/status" if !reads => {
+                let mut refused = plain(StatusCode::METHOD_NOT_ALLOWED, "only GET and HEAD\n");
+                refused.headers_mut().insert(ALLOW, HeaderValue::from_static("GET, HEAD"));
+                refused
+            }
+            "/" => response(StatusCode::OK, "text/html; charset=utf-8", PAGE),
             "/healthz" => plain(StatusCode::OK, "alive\n"),
             "/readyz" => match self.problem() {
                 None => plain(StatusCode::OK, "ready\n"),
@@ -127,59 +138,62 @@ impl Admin {
             },
             "/metrics" => self.scrape(),
             "/api/status" => self.status().await,
-            _ => response(StatusCode::OK, "text/html; charset=utf-8", PAGE),
+            _ => plain(StatusCode::NOT_FOUND, "there are /, /healthz, /readyz, /metrics and /api/status\n"),
         }
     }
 
     /// Why the worker takes no events.
     fn problem(&self) -> Option<&'static str> {
-        match () {
-            () if self.metrics.draining() => Some("draining: it takes no more events"),
-            () if !self.metrics.store_answers() => Some("the database does not answer"),
-            () => None,
+        if self.metrics.draining() {
+            Some("draining: it takes no more events")
+        } else if self.metrics.store_fails() {
+            Some("the database does not answer")
+        } else if !self.metrics.claims_work() {
+            Some("no claim was answered yet, or the last one was refused: the log says why")
+        } else {
+            None
         }
     }
 
     /// As counted last, since who scrapes waits for no count.
     fn scrape(&self) -> Response<Full<Bytes>> {
         self.asked.notify_one();
-        if let Some(Ok(counted)) = &*self.counted.borrow() {
-            self.metrics.counted(&counted.status);
-        }
+        let counted = self.counted.borrow().clone();
+        self.metrics.counted(counted.as_ref().and_then(|counted| counted.status.as_ref().ok()));
         let mut text = String::new();
-        match prometheus_client::encoding::text::encode(&mut text, &self.registry) {
-            Ok(()) => {
-                response(StatusCode::OK, "application/openmetrics-text; version=1.0.0; charset=utf-8", text)
-            }
+        match prometheus_text::encode(&mut text, &self.registry) {
+            Ok(()) => response(StatusCode::OK, prometheus_text::CONTENT_TYPE, text),
             Err(error) => plain(StatusCode::INTERNAL_SERVER_ERROR, format!("{error}\n")),
         }
     }
 
     async fn status(&self) -> Response<Full<Bytes>> {
         self.asked.notify_one();
-        let mut counted = self.counted.subscribe();
-        let counted = timeout(COUNTED_WITHIN, counted.wait_for(Option::is_some)).await;
-        let counted = match counted {
-            Ok(Ok(counted)) => counted.clone(),
-            _ => None,
+        let mut counts = self.counted.subscribe();
+        let fresh = |last: &Option<Counted>| last.as_ref().is_some_and(|counted| counted.at.elapsed() < OLD);
+        let _ = timeout(COUNTED_WITHIN, counts.wait_for(fresh)).await;
+        let counted = counts.borrow().clone();
+        let (code, mut body) = match counted {
+            Some(Counted { at, status: Ok(status) }) => {
+                let mut body = status_json(&status);
+                body["counted_seconds_ago"] = json!(at.elapsed().as_secs_f64());
+                (StatusCode::OK, body)
+            }
+            Some(Counted { status: Err(error), .. }) => {
+                (StatusCode::SERVICE_UNAVAILABLE, json!({ "error": error }))
+            }
+            None => {
+                let error = format!("not counted within {COUNTED_WITHIN:?}");
+                (StatusCode::SERVICE_UNAVAILABLE, json!({ "error": error }))
+            }
         };
-        let counted = counted.unwrap_or_else(|| Err(format!("not counted within {COUNTED_WITHIN:?}")));
-        let worker = json!({
+        body["worker"] = json!({
             "id": self.worker.as_str(),
             "version": env!("CARGO_PKG_VERSION"),
             "problem": self.problem(),
             "leases_held": self.metrics.leases(),
             "requests_open": self.metrics.requests(),
         });
-        let (code, body) = match counted {
-            Ok(counted) => {
-                let mut body = status_json(&counted.status);
-                body["counted_seconds_ago"] = json!(counted.at.elapsed().as_secs_f64());
-                body["worker"] = worker;
-                (StatusCode::OK, body)
-            }
-            Err(error) => (StatusCode::SERVICE_UNAVAILABLE, json!({ "error": error, "worker": worker })),
-        };
         response(code, "application/json", body.to_string())
     }
 
@@ -192,8 +206,12 @@ impl Admin {
                 Ok(status) => status.map_err(|error| error.to_string()),
                 Err(_) => Err(format!("the database gave no status within {STATUS_TIMEOUT:?}")),
             };
-            self.counted.send_replace(Some(status.map(|status| Counted { at: began, status })));
-            sleep((began.elapsed() * (COUNT_SHARE - 1)).max(Duration::from_millis(500))).await;
+            let mut pause = (began.elapsed() * (COUNT_SHARE - 1)).max(LEAST_PAUSE);
+            if status.is_err() {
+                pause = pause.min(PAUSE_AFTER_FAILURE);
+            }
+            self.counted.send_replace(Some(Counted { at: Instant::now(), status }));
+            sleep(pause).await;
         }
     }
 }

@@ -11,7 +11,7 @@ use tokio::task::JoinSet;
 use tokio::time::timeout;
 use tracing::{info, warn};
 
-use super::admin::Admin;
+use super::admin::{self, Admin};
 use super::store::Store;
 use super::{retain, settings::Settings};
 use crate::adapters::clock::BootClock;
@@ -69,7 +69,7 @@ pub async fn run(mut settings: Settings, until_empty: bool) -> anyhow::Result<Ex
     let mut beside = JoinSet::new();
     let metrics = Metrics::default();
     if let Some(address) = settings.admin_addr {
-        let listener = Admin::listen(address).await?;
+        let listener = admin::listen(address).await?;
         info!(address = %listener.local_addr().unwrap_or(address), "serving health, metrics and status");
         beside.spawn(Admin::new(id.clone(), metrics.clone(), store.clone()).serve(listener));
     }

@@ -4,6 +4,7 @@ use std::net::SocketAddr;
 use std::time::Instant;
 
 use rustix::process::Signal;
+use sqlx::Executor as _;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::time::sleep;
@@ -54,13 +55,15 @@ async fn until(address: SocketAddr, path: &str, wanted: impl Fn(u16, &str) -> bo
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_worker_shows_what_it_does_and_how_it_is() {
-    let bed = Bed::new().await.set(&[("ADMIN_ADDR", "127.0.0.1:0")]);
+    // What is tried again, and what is open, stays as it is.
+    let still = [("ADMIN_ADDR", "127.0.0.1:0"), ("RETRY_INITIAL", "1h"), ("REQUEST_TIMEOUT", "5m")];
+    let bed = Bed::new().await.set(&still);
     let good = Receiver::start(|_| (MS, 200)).await;
     let bad = Receiver::start(|_| (MS, 500)).await;
-    let slow = Receiver::start(|_| (1_000 * MS, 200)).await;
+    let slow = Receiver::start(|_| (300_000 * MS, 200)).await;
     bed.insert(&good.url(), 3).await;
     bed.insert(&bad.url(), 2).await;
-    let mut worker = bed.worker("w", &[]);
+    let worker = bed.worker("w", &[]);
     let address = address(&worker).await;
     bed.until("delivery_status = 'delivered'", 3).await;
     bed.until("attempts = 1 and lease_owner is null", 5).await;
@@ -71,24 +74,21 @@ async fn a_worker_shows_what_it_does_and_how_it_is() {
         .await;
     let (code, head, text) = ask(address, "GET", "/metrics").await;
     assert_eq!(code, 200);
-    assert!(
-        head.contains("content-type: application/openmetrics-text; version=1.0.0; charset=utf-8"),
-        "{head}"
-    );
+    assert!(head.contains("content-type: text/plain; version=0.0.4; charset=utf-8"), "{head}");
     for line in [
         "leasehold_settles_total{outcome=\"delivered\"} 3",
         "leasehold_settles_total{outcome=\"retry\"} 2",
         "leasehold_settles_total{outcome=\"failed\"} 0",
         "leasehold_heartbeats_ended_total{why=\"settled\"} 5",
         "leasehold_heartbeats_ended_total{why=\"lost\"} 0",
-        "leasehold_events_claimed_total 5",
+        "leasehold_store_failures_total{call=\"claim\",fault=\"refused\"} 0",
         "leasehold_leases_held 0",
         "leasehold_requests_open 0",
-        "leasehold_store_answers 1",
+        "leasehold_store_failing 0",
+        "leasehold_claims_answered 1",
         "leasehold_draining 0",
         "leasehold_outbox_events{state=\"waiting\"} 2",
         "leasehold_outbox_oldest_due_age_seconds 0.0",
-        "# EOF",
     ] {
         assert!(text.lines().any(|said| said == line), "no {line} in\n{text}");
     }
@@ -122,7 +122,6 @@ async fn a_worker_shows_what_it_does_and_how_it_is() {
     worker.signal(Signal::TERM);
     until(address, "/readyz", |code, body| code == 503 && body.starts_with("draining")).await;
     assert_eq!(get(address, "/healthz").await.0, 200, "it is alive until it has drained");
-    assert_eq!(worker.end().await, Some(0), "{}", worker.log());
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -135,25 +134,49 @@ async fn a_worker_without_a_database_is_alive_and_not_ready() {
     let worker = bed.worker("w", &[]);
     let address = address(&worker).await;
     assert_eq!(get(address, "/healthz").await.0, 200);
-    assert_eq!(get(address, "/readyz").await, (503, "the database does not answer\n".to_owned()));
-    until(address, "/metrics", |code, text| {
-        code == 200 && text.contains("leasehold_store_failures_total{call=\"claim\",fault=\"not applied\"}")
-    })
-    .await;
+    until(address, "/readyz", |code, body| (code, body) == (503, "the database does not answer\n")).await;
+    let (_, text) = get(address, "/metrics").await;
+    assert!(text.contains("\nleasehold_store_failing 1\n") && !text.contains("leasehold_outbox"), "{text}");
     let (code, body) = get(address, "/api/status").await;
     assert!(code == 503 && body.contains("error") && !body.contains("opensesame"), "{code} {body}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn who_says_nothing_keeps_nobody_out() {
+async fn a_worker_whose_claims_are_refused_is_not_ready_until_they_are_answered() {
     let bed = Bed::new().await.set(&[("ADMIN_ADDR", "127.0.0.1:0")]);
     let worker = bed.worker("w", &[]);
+    let address = address(&worker).await;
+    until(address, "/readyz", |code, _| code == 200).await;
+    let rename = |from: &str, to: &str| format!("alter function leasehold.{from}() rename to {to}");
+    bed.pool.execute(sqlx::AssertSqlSafe(rename("incarnation", "gone"))).await.expect("an owner's right");
+    until(address, "/readyz", |code, body| code == 503 && body.contains("refused: the log says why")).await;
+    until(address, "/metrics", |_, text| {
+        text.contains("\nleasehold_claims_answered 0\n") && text.contains("\nleasehold_store_failing 0\n")
+    })
+    .await;
+    bed.pool.execute(sqlx::AssertSqlSafe(rename("gone", "incarnation"))).await.expect("an owner's right");
+    until(address, "/readyz", |code, _| code == 200).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn who_says_nothing_or_takes_no_answer_keeps_nobody_out_and_no_worker_from_ending() {
+    let bed = Bed::new().await.set(&[("ADMIN_ADDR", "127.0.0.1:0")]);
+    let mut worker = bed.worker("w", &[]);
     let address = address(&worker).await;
     let mut silent = Vec::new();
     for _ in 0..20 {
         silent.push(TcpStream::connect(address).await.expect("the worker listens"));
     }
+    for _ in 0..20 {
+        let mut stream = TcpStream::connect(address).await.expect("the worker listens");
+        let request = "GET /metrics HTTP/1.1\r\nhost: worker\r\n\r\n".repeat(100);
+        stream.write_all(request.as_bytes()).await.expect("room for it in the kernel");
+        silent.push(stream);
+    }
     assert_eq!(get(address, "/healthz").await.0, 200);
+    silent.push(TcpStream::connect(address).await.expect("the worker listens"));
+    worker.signal(Signal::TERM);
+    assert_eq!(worker.end().await, Some(0), "{}", worker.log());
 }
 
 #[tokio::test(flavor = "multi_thread")]

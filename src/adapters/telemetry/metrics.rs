@@ -22,7 +22,6 @@ type Counters = Family<[Label; 1], Counter>;
 /// What one worker has done since it started, and how it is. Clones are of the same worker.
 #[derive(Clone, Debug, Default)]
 pub struct Metrics {
-    claimed: Counter,
     reclaimed: Counter,
     failed_by_claim: Counters,
     settled: Counters,
@@ -36,10 +35,11 @@ pub struct Metrics {
     store_failures: Family<[Label; 2], Counter>,
     leases: Gauge,
     requests: Gauge,
-    store_answers: Gauge,
+    store_fails: Gauge,
+    claims_work: Gauge,
     draining: Gauge,
     events: Family<[Label; 1], Gauge>,
-    oldest_due_age: Gauge<f64, AtomicU64>,
+    oldest_due_age: Family<[Label; 0], Gauge<f64, AtomicU64>>,
 }
 
 impl Metrics {
@@ -51,13 +51,8 @@ impl Metrics {
             [("version", env!("CARGO_PKG_VERSION").to_owned()), ("worker", worker.as_str().to_owned())];
         registry.register("worker", "This worker", Info::new(worker));
 
-        let help = "Events claimed, counted once the last of a claim is settled or lost";
-        registry.register("events_claimed", help, self.claimed.clone());
-        registry.register(
-            "events_reclaimed",
-            "Of these, taken after a lease ran out",
-            self.reclaimed.clone(),
-        );
+        let help = "Events taken after a lease ran out, counted once all of a claim are settled or lost";
+        registry.register("events_reclaimed", help, self.reclaimed.clone());
         let help = "Events that a claim failed without a request, by what is spent";
         registry.register("events_failed_by_claim", help, self.failed_by_claim.clone());
         registry.register(
@@ -85,7 +80,10 @@ impl Metrics {
 
         registry.register("leases_held", "Leases held", self.leases.clone());
         registry.register("requests_open", "Requests open", self.requests.clone());
-        registry.register("store_answers", "Whether the database answers", self.store_answers.clone());
+        let help = "Whether calls of the database fail";
+        registry.register("store_failing", help, self.store_fails.clone());
+        let help = "Whether the last claim was answered, and what it left is known";
+        registry.register("claims_answered", help, self.claims_work.clone());
         registry.register("draining", "Whether the worker was told to end", self.draining.clone());
         registry.register(
             "outbox_events",
@@ -115,13 +113,26 @@ impl Metrics {
         for spent in [ClaimFailure::AttemptsSpent, ClaimFailure::ReclaimsSpent] {
             self.failed_by_claim.get_or_create(&what(spent)).inc_by(0);
         }
+        for call in [StoreCall::Claim, StoreCall::Renew, StoreCall::Settle, StoreCall::Owned] {
+            let error = String::new;
+            for fault in [
+                StoreFault::Unknown { error: error() },
+                StoreFault::NotApplied { error: error() },
+                StoreFault::Permanent { error: error() },
+            ] {
+                self.store_failures.get_or_create(&failed(call, &fault)).inc_by(0);
+            }
+        }
         for cause in [EmbargoCause::Outage, EmbargoCause::NewIncarnation] {
             self.embargoes.get_or_create(&after(cause)).inc_by(0);
         }
     }
 
-    /// What a count of the outbox showed.
-    pub fn counted(&self, status: &Status) {
+    /// What the last count of the outbox showed: nothing, if it failed.
+    pub fn counted(&self, status: Option<&Status>) {
+        self.events.clear();
+        self.oldest_due_age.clear();
+        let Some(status) = status else { return };
         let waiting = status.pending.saturating_sub(status.due + status.leased);
         for (state, events) in [
             ("due", status.due),
@@ -132,7 +143,7 @@ impl Metrics {
         ] {
             self.events.get_or_create(&[("state", state)]).set(i64::try_from(events).unwrap_or(i64::MAX));
         }
-        self.oldest_due_age.set(status.oldest_due_age_seconds.unwrap_or(0.0));
+        self.oldest_due_age.get_or_create(&[]).set(status.oldest_due_age_seconds.unwrap_or(0.0));
     }
 
     /// Leases held.
@@ -145,9 +156,14 @@ impl Metrics {
         self.requests.get()
     }
 
-    /// Whether the database answers.
-    pub fn store_answers(&self) -> bool {
-        self.store_answers.get() != 0
+    /// Whether calls of the database fail.
+    pub fn store_fails(&self) -> bool {
+        self.store_fails.get() != 0
+    }
+
+    /// Whether the last claim was answered.
+    pub fn claims_work(&self) -> bool {
+        self.claims_work.get() != 0
     }
 
     /// Whether the worker was told to end.
@@ -175,7 +191,7 @@ fn what(spent: ClaimFailure) -> [Label; 1] {
 fn after(cause: EmbargoCause) -> [Label; 1] {
     let cause = match cause {
         EmbargoCause::Outage => "outage",
-        EmbargoCause::NewIncarnation => "new incarnation",
+        EmbargoCause::NewIncarnation => "new_incarnation",
     };
     [("after", cause)]
 }
@@ -189,7 +205,7 @@ fn failed(call: StoreCall, fault: &StoreFault) -> [Label; 2] {
     };
     let fault = match fault {
         StoreFault::Unknown { .. } => "unknown",
-        StoreFault::NotApplied { .. } => "not applied",
+        StoreFault::NotApplied { .. } => "not_applied",
         StoreFault::Permanent { .. } => "refused",
     };
     [("call", call), ("fault", fault)]
@@ -199,7 +215,6 @@ impl Observer for Metrics {
     fn observe(&mut self, observation: &Observation, _: &Events) {
         match observation {
             Observation::Cycle(cycle) => {
-                self.claimed.inc_by(cycle.claimed.into());
                 self.reclaimed.inc_by(cycle.reclaimed.into());
             }
             Observation::StoreCallFailed { call, fault, .. } => {
@@ -244,7 +259,8 @@ impl Observer for Metrics {
     fn look(&mut self, worker: &Worker) {
         self.leases.set(i64::try_from(worker.leased()).unwrap_or(i64::MAX));
         self.requests.set(worker.open().into());
-        self.store_answers.set(worker.store_answers().into());
+        self.store_fails.set(worker.store_fails().into());
+        self.claims_work.set(worker.claims_work().into());
         self.draining.set(worker.draining().into());
     }
 }

@@ -143,6 +143,8 @@ pub(super) struct Claims {
     /// nothing, so that after one which shares limited it is twice what that one found.
     reach: u32,
     portion: Portion,
+    /// The last claim was answered.
+    pub(super) answered: bool,
     /// A destination whose share limited the last claim has room again.
     pub(super) refill: bool,
     /// The next search for expired leases.
@@ -154,7 +156,7 @@ pub(super) struct Claims {
     /// When to look for what unknown claims left: several times for each, since a commit may come late.
     owned_at: BTreeSet<Moment>,
     /// Looks that failed in a row.
-    look_failures: u32,
+    pub(super) look_failures: u32,
     /// An unknown claim may be applied at any time: it was sent when no clock of the database was known.
     unbounded: bool,
 }
@@ -171,6 +173,7 @@ impl Claims {
             usual: Duration::ZERO,
             reach: u32::MAX,
             portion: Portion::default(),
+            answered: false,
             refill: false,
             search_at: now,
             embargo_until: Moment::default(),
@@ -370,6 +373,7 @@ impl Worker {
         // However long this process was stopped.
         let took = self.now.since(under_way.sent).min(timeout);
         let failed = reply.is_err();
+        self.claims.answered = !failed;
         // A quarter of the timeout more than without: a store that is slow in itself keeps nothing from being found.
         let too_far = took.saturating_sub(self.claims.usual) * 4 > timeout;
         let nearest = |ahead: bool, back| !ahead || back == Some(LEAST_BACK);

@@ -328,9 +328,14 @@ impl Worker {
         self.open
     }
 
-    /// Whether the store has answered, and no call has failed since it did.
-    pub fn store_answers(&self) -> bool {
-        self.db.is_some() && self.failing_since.is_none()
+    /// Whether calls of the store have failed since it answered one.
+    pub fn store_fails(&self) -> bool {
+        self.failing_since.is_some()
+    }
+
+    /// Whether the last claim was answered, and what it left is known.
+    pub fn claims_work(&self) -> bool {
+        self.claims.answered && self.claims.look_failures == 0
     }
 
     /// Whether it was told to end.

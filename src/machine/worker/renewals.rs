@@ -5,7 +5,7 @@ use alloc::vec;
 use alloc::vec::Vec;
 
 use super::super::id::{LeaseKey, RequestId};
-use super::super::io::{Action, Observation, RenewReply, RenewRequest, StoreCall, StoreFault};
+use super::super::io::{Action, HeartbeatEnd, Observation, RenewReply, RenewRequest, StoreCall, StoreFault};
 use super::super::row::Answer;
 use super::super::time::Moment;
 use super::{Heartbeat, Held, Phase, STATEMENT_MAX, Worker, earlier};
@@ -221,9 +221,12 @@ impl Worker {
                 }
             }
             // A settle of this lease landed whose reply is still to come, or is to be asked for again.
+            (Answer::Ended, _) if matches!(held.phase, Phase::Outcome(_)) => {
+                self.end_heartbeat(key, HeartbeatEnd::Settled);
+            }
             (Answer::Ended | Answer::Refused, _) => self.lost(key),
             (Answer::Skipped, Heartbeat::Batched) if planted!(self, AloneNever) => {
-                self.end_heartbeat(key, super::super::io::HeartbeatEnd::Lost);
+                self.end_heartbeat(key, HeartbeatEnd::Lost);
             }
             (Answer::Skipped, Heartbeat::Batched) => {
                 held.heartbeat = Heartbeat::Locked { skipped: self.now };

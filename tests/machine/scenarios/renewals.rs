@@ -47,6 +47,18 @@ fn a_refused_renewal_aborts_at_once() {
 }
 
 #[test]
+fn a_renewal_that_comes_to_its_own_settle_loses_nothing() {
+    let (mut bed, key) = one_open();
+    bed.respond(key, 200);
+    let settle = bed.pending.remove(0);
+    let answer = bed.apply(settle);
+    bed.run(11 * SECOND);
+    assert!(bed.seen.contains(&Observation::HeartbeatEnded { key, why: HeartbeatEnd::Settled }));
+    bed.give(answer);
+    assert_eq!(bed.worker.leased(), 0);
+}
+
+#[test]
 fn a_locked_row_is_renewed_alone_at_once_and_holds_up_nobody() {
     let mut bed = Bed::new(settings());
     bed.add(1, "http://a");
