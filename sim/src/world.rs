@@ -1,5 +1,6 @@
 //! The world of the event-heap tier: workers, store, destinations and faults, in simulated microseconds.
 
+use std::cmp::Reverse;
 use std::collections::VecDeque;
 
 use leasehold::machine::WorkerSettings;
@@ -111,18 +112,31 @@ pub(crate) enum Happening {
     Healed,
 }
 
-/// A time, then the seed's order of equal times.
-type Order = u128;
-
-/// Of what never happens.
-const NEVER: Order = Order::MAX;
-
-fn time_of(order: Order) -> u64 {
-    (order >> 64) as u64
+/// When it is something's turn to happen.
+#[derive(Clone, Copy, Debug)]
+struct Turn {
+    time: u64,
+    /// Counts what was to happen: equal times are ordered by it and the seed.
+    seq: u32,
 }
 
-/// Bits that look random (the finaliser of SplitMix64): enough to order equal times, of which there are few, and far cheaper
-/// than a draw for each happening.
+/// Of what never happens.
+const NEVER: Turn = Turn { time: u64::MAX, seq: 0 };
+
+impl Turn {
+    /// Whether it comes before another one. Equal times are few: what orders them is worked out only where it matters.
+    fn is_before(self, other: Self, ties: u64) -> bool {
+        self.time < other.time || (self.time == other.time && self.tie(ties) < other.tie(ties))
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn tie(self, ties: u64) -> (u64, u32) {
+        (mix(ties ^ u64::from(self.seq)) >> 32, self.seq)
+    }
+}
+
+/// Bits that look random (the finaliser of SplitMix64): enough to order equal times, and far cheaper than a draw.
 fn mix(bits: u64) -> u64 {
     let bits = (bits ^ (bits >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
     let bits = (bits ^ (bits >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
@@ -132,7 +146,7 @@ fn mix(bits: u64) -> u64 {
 /// A happening at its time.
 #[derive(Clone, Copy, Debug)]
 struct Due {
-    order: Order,
+    turn: Turn,
     happening: Happening,
 }
 
@@ -188,9 +202,7 @@ pub struct World<'a> {
     /// in less time than in a heap.
     agenda: Vec<Due>,
     /// The timer of the process in each slot: each of its inputs sets it anew, so that most never ring.
-    timers: Vec<Order>,
-    /// The first of them to ring, and whose it is.
-    first_timer: (Order, usize),
+    timers: Vec<Turn>,
     /// Time-outs of calls, in order for each of the schedule's settings: most never happen.
     timeouts: Vec<VecDeque<(u64, u32)>>,
     /// None of them comes before that.
@@ -261,7 +273,6 @@ impl<'a> World<'a> {
             hints: Rng::new(schedule.seed, "notifications"),
             agenda: Vec::with_capacity(256),
             timers: vec![NEVER; schedule.slots.len()],
-            first_timer: (NEVER, 0),
             timeouts: vec![VecDeque::new(); schedule.settings.len()],
             first_timeout: u64::MAX,
             worker_settings,
@@ -284,31 +295,38 @@ impl<'a> World<'a> {
             draining: 0,
             forgets_until: forgets_until.unwrap_or(0),
         };
-        for (slot, plan) in schedule.slots.iter().enumerate() {
-            world.at(plan.starts, Happening::Start(slot as u32));
+        let mut plan = |time, happening| {
+            let turn = world.turn(time);
+            world.agenda.push(Due { turn, happening });
+        };
+        for (slot, place) in schedule.slots.iter().enumerate() {
+            plan(place.starts, Happening::Start(slot as u32));
         }
         if let Some(first) = schedule.events.first() {
-            world.at(first.at, Happening::Produce(0));
+            plan(first.at, Happening::Produce(0));
         }
         for (fault, timed) in schedule.faults.iter().enumerate() {
-            world.at(timed.at, Happening::FaultBegins(fault as u32));
+            plan(timed.at, Happening::FaultBegins(fault as u32));
             if timed.lasts != u64::MAX {
-                world.at(timed.at + timed.lasts, Happening::FaultEnds(fault as u32));
+                plan(timed.at + timed.lasts, Happening::FaultEnds(fault as u32));
             }
         }
-        world.at(schedule.heal_at, Happening::Healed);
+        plan(schedule.heal_at, Happening::Healed);
+        let ties = world.ties;
+        world.agenda.sort_by_cached_key(|due| Reverse((due.turn.time, due.turn.tie(ties))));
         world
     }
 
     /// Has something happen at a time; equal times are ordered by the seed.
     pub(crate) fn at(&mut self, time: u64, happening: Happening) {
-        let order = self.order(time);
-        let due = Due { order, happening };
-        if self.agenda.last().is_none_or(|first| first.order > order) {
+        let turn = self.turn(time);
+        let due = Due { turn, happening };
+        let is_later = |due: &Due| turn.is_before(due.turn, self.ties);
+        if self.agenda.last().is_none_or(is_later) {
             // Most of what is added happens before all else.
             return self.agenda.push(due);
         }
-        let place = self.agenda.iter().rposition(|due| due.order > order).map_or(0, |later| later + 1);
+        let place = self.agenda.iter().rposition(is_later).map_or(0, |later| later + 1);
         self.agenda.insert(place, due);
     }
 
@@ -316,37 +334,18 @@ impl<'a> World<'a> {
         self.at(self.now.saturating_add(delay), happening);
     }
 
-    fn order(&mut self, time: u64) -> Order {
+    fn turn(&mut self, time: u64) -> Turn {
         self.seq += 1;
-        let tie = (mix(self.ties ^ u64::from(self.seq)) & 0xffff_ffff_0000_0000) | u64::from(self.seq);
-        Order::from(time.max(self.now)) << 64 | Order::from(tie)
+        Turn { time: time.max(self.now), seq: self.seq }
     }
 
     /// Sets the timer of the process in a slot.
     pub(crate) fn set_timer(&mut self, slot: usize, time: Option<u64>) {
         match time {
-            // Another order of equal times is drawn for another time only.
-            Some(time) if time_of(self.timers[slot]) == time.max(self.now) => {}
-            Some(time) => {
-                let order = self.order(time);
-                self.move_timer(slot, order);
-            }
-            None => self.move_timer(slot, NEVER),
-        }
-    }
-
-    /// Keeps the first of the timers known.
-    fn move_timer(&mut self, slot: usize, order: Order) {
-        self.timers[slot] = order;
-        if order < self.first_timer.0 {
-            self.first_timer = (order, slot);
-        } else if slot == self.first_timer.1 {
-            self.first_timer = (NEVER, slot);
-            for (slot, order) in self.timers.iter().enumerate() {
-                if *order < self.first_timer.0 {
-                    self.first_timer = (*order, slot);
-                }
-            }
+            // Another order of equal times is for another time only.
+            Some(time) if self.timers[slot].time == time.max(self.now) => {}
+            Some(time) => self.timers[slot] = self.turn(time),
+            None => self.timers[slot] = NEVER,
         }
     }
 
@@ -453,19 +452,21 @@ impl<'a> World<'a> {
 
     /// Whatever is due first; a time-out before anything else of the same time.
     fn next(&mut self) -> Option<(u64, Happening)> {
-        let (timer, slot) = self.first_timer;
-        let agenda = self.agenda.last().map_or(NEVER, |due| due.order);
-        let first = time_of(agenda.min(timer));
-        if self.first_timeout <= first
-            && let Some(timed_out) = self.next_timeout(first)
+        let mut first = self.agenda.last().map_or(NEVER, |due| due.turn);
+        let mut ringing = None;
+        for (slot, turn) in self.timers.iter().enumerate() {
+            if turn.is_before(first, self.ties) {
+                (first, ringing) = (*turn, Some(slot));
+            }
+        }
+        if self.first_timeout <= first.time
+            && let Some(timed_out) = self.next_timeout(first.time)
         {
             return Some(timed_out);
         }
-        if timer < agenda {
-            self.move_timer(slot, NEVER);
-            return Some((first, Happening::Wake(slot as u32)));
-        }
-        self.agenda.pop().map(|due| (first, due.happening))
+        let Some(slot) = ringing else { return self.agenda.pop().map(|due| (first.time, due.happening)) };
+        self.timers[slot] = NEVER;
+        Some((first.time, Happening::Wake(slot as u32)))
     }
 
     fn happen(&mut self, happening: Happening) {
