@@ -1,6 +1,6 @@
 //! Claiming, what follows an unknown claim, and embargoes (rules P1, P7, P10, P11, P13).
 
-use alloc::collections::{BTreeMap, BTreeSet};
+use alloc::collections::BTreeSet;
 use alloc::format;
 use alloc::vec::Vec;
 use core::time::Duration;
@@ -513,12 +513,10 @@ impl Worker {
             let cycle = Cycle { sent: under_way.sent, outstanding: 0, summary };
             self.cycles.insert(under_way.request, cycle);
         }
-        let mut granted: BTreeMap<DestinationKey, u32> = BTreeMap::new();
         for grant in reply.grants {
-            *granted.entry(grant.destination.clone()).or_default() += 1;
             self.hold(under_way, grant);
         }
-        let limited = self.note_hunger(under_way, &granted) && !self.claims.backlog;
+        let limited = self.note_hunger(under_way) && !self.claims.backlog;
         self.claims.reach = if limited { found.saturating_mul(2).max(LEAST_REACH) } else { u32::MAX };
         if self.cycles.get(&under_way.request).is_some_and(|cycle| cycle.outstanding == 0) {
             self.end_cycle(under_way.request);
@@ -552,7 +550,9 @@ impl Worker {
             self.lost(*other);
         }
         let behind = self.leases_of(key.row).next().is_some() && !planted!(self, BehindIgnored);
-        self.destinations.entry(grant.destination.clone()).or_default().held += 1;
+        let destination = self.destinations.entry(grant.destination.clone()).or_default();
+        destination.held += 1;
+        destination.granted += 1;
         if let Some(cycle) = self.cycles.get_mut(&under_way.request) {
             cycle.outstanding += 1;
             cycle.summary.claimed += 1;
@@ -597,13 +597,13 @@ impl Worker {
     }
 
     /// Which destinations were limited by their share rather than by the outbox. Answers whether any was.
-    fn note_hunger(&mut self, under_way: &UnderWay, granted: &BTreeMap<DestinationKey, u32>) -> bool {
+    fn note_hunger(&mut self, under_way: &UnderWay) -> bool {
         let mut any = false;
         let cap = self.settings.limits().max_in_flight_per_destination;
         for (name, destination) in &mut self.destinations {
             let share = under_way.shares.binary_search_by(|(other, _)| other.cmp(name));
             let room = share.map_or(cap.saturating_mul(2), |at| under_way.shares[at].1);
-            destination.hungry = granted.get(name).copied().unwrap_or(0) >= room;
+            destination.hungry = core::mem::take(&mut destination.granted) >= room;
             self.claims.refill |= destination.hungry && destination.held <= cap;
             any |= destination.hungry;
         }

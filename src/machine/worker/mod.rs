@@ -148,6 +148,8 @@ struct Held {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
 struct Destination {
     held: u32,
+    /// How many the claim granted whose reply is being taken.
+    granted: u32,
     open: u32,
     queue: BTreeSet<(u64, LeaseKey)>,
     /// Whether it stands in the ring of those that may send.
