@@ -108,19 +108,15 @@ impl World<'_> {
         if !self.alive(id) {
             return;
         }
-        let Some(mut statement) = self.statements[id as usize].take() else { return };
-        let ready = self.store.begin_work(id, &mut statement, self.now);
-        let commits = statement.commits();
-        let weight = statement.heavy_rows() * self.weather.weight;
-        self.statements[id as usize] = Some(statement);
-        if ready {
+        let Some(statement) = &mut self.statements[id as usize] else { return };
+        if self.store.begin_work(id, statement, self.now) {
             let (least, most) = self.schedule.pace.commit;
-            let mut delay = self.pace.within(least, most);
+            let mut delay = self.pace.within(least, most) + statement.heavy_rows() * self.weather.weight;
             let (rate, late) = self.weather.late_commit;
-            if commits && self.chance.rarely(rate) {
+            if statement.commits() && self.chance.rarely(rate) {
                 delay += late;
             }
-            self.after(delay + weight, Happening::Commit(id));
+            self.after(delay, Happening::Commit(id));
         }
     }
 
