@@ -3,17 +3,37 @@
 use core::time::Duration;
 
 /// Whole microseconds of a duration, saturating: the resolution of every instant of the protocol.
-pub(crate) fn micros(duration: Duration) -> u64 {
-    duration.as_secs().saturating_mul(1_000_000).saturating_add(u64::from(duration.subsec_micros()))
+pub(crate) const fn micros(duration: Duration) -> u64 {
+    duration.as_secs().saturating_mul(1_000_000).saturating_add(duration.subsec_micros() as u64)
 }
 
-/// An age in whole microseconds, worked out once where moments are compared with it at every input.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+/// A duration in whole microseconds, as instants are: what is reckoned with at every input. All of it saturates.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(crate) struct Age(u64);
 
 impl Age {
-    pub(crate) fn of(duration: Duration) -> Self {
+    pub(crate) const ZERO: Self = Self(0);
+
+    pub(crate) const fn of(duration: Duration) -> Self {
         Self(micros(duration))
+    }
+
+    pub(crate) fn plus(self, other: Self) -> Self {
+        Self(self.0.saturating_add(other.0))
+    }
+
+    pub(crate) fn less(self, other: Self) -> Self {
+        Self(self.0.saturating_sub(other.0))
+    }
+
+    pub(crate) fn times(self, factor: u32) -> Self {
+        Self(self.0.saturating_mul(u64::from(factor)))
+    }
+}
+
+impl From<Age> for Duration {
+    fn from(age: Age) -> Self {
+        Self::from_micros(age.0)
     }
 }
 
@@ -46,6 +66,11 @@ impl Moment {
         Self(self.0.saturating_add(age.0))
     }
 
+    /// How old is now what began then; zero if that lies ahead.
+    pub(crate) fn age_of(self, began: Self) -> Age {
+        Age(self.0.saturating_sub(began.0))
+    }
+
     /// Earlier by `duration`, saturating at the origin.
     #[must_use]
     pub fn before(self, duration: Duration) -> Self {
@@ -54,7 +79,7 @@ impl Moment {
 
     /// How long ago `earlier` was; zero if it lies ahead.
     pub fn since(self, earlier: Self) -> Duration {
-        Duration::from_micros(self.0.saturating_sub(earlier.0))
+        self.age_of(earlier).into()
     }
 }
 
@@ -95,9 +120,26 @@ impl DbTime {
         Self(self.0.saturating_sub_unsigned(micros(duration)))
     }
 
+    /// When what began now has that age.
+    #[must_use]
+    pub(crate) fn aged(self, age: Age) -> Self {
+        Self(self.0.saturating_add_unsigned(age.0))
+    }
+
+    /// When what has that age began.
+    #[must_use]
+    pub(crate) fn ago(self, age: Age) -> Self {
+        Self(self.0.saturating_sub_unsigned(age.0))
+    }
+
+    /// How old is now what began then; zero if that lies ahead.
+    pub(crate) fn age_of(self, began: Self) -> Age {
+        Age(u64::try_from(self.0.saturating_sub(began.0)).unwrap_or(0))
+    }
+
     /// How long ago `earlier` was; zero if it lies ahead.
     pub fn since(self, earlier: Self) -> Duration {
-        Duration::from_micros(u64::try_from(self.0.saturating_sub(earlier.0)).unwrap_or(0))
+        self.age_of(earlier).into()
     }
 }
 

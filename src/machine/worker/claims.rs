@@ -11,7 +11,7 @@ use super::super::io::{
     Observation, OwnedReply, OwnedRequest, Place, StoreCall, StoreFault, Unsendable,
 };
 use super::super::row::{ClaimTerms, PROBATION_RECLAIMS};
-use super::super::time::{DbTime, Moment};
+use super::super::time::{Age, DbTime, Moment};
 use super::portion::Portion;
 use super::{Cycle, Heartbeat, Held, Outcome, Phase, Worker};
 
@@ -20,10 +20,10 @@ const AWAKE: Duration = Duration::from_secs(1);
 
 /// What commits up to that long after it fell due, as producers' transactions do, is found by the next claim, and a lease
 /// that commits up to that long after it was granted by the next search.
-const LATE: Duration = Duration::from_secs(1);
+const LATE: Age = Age::of(Duration::from_secs(1));
 
 /// How often claims start ahead of the front of the queue, for what came into it later still.
-const RESCAN: Duration = Duration::from_secs(2);
+const RESCAN: Age = Age::of(Duration::from_secs(2));
 
 /// Claims that start ahead of a front take a tenth of the time at the most.
 const RESCAN_SHARE: u32 = 10;
@@ -78,12 +78,12 @@ impl<P: Copy + Ord> Front<P> {
 
     /// A claim from ahead of the front is over. One that failed may have been cut off, and says little of how long they
     /// take, unless they go on failing.
-    fn rescanned(&mut self, now: Moment, took: Duration, failed: bool, every: Duration) {
+    fn rescanned(&mut self, now: Moment, took: Age, failed: bool, every: Age) {
         self.failures = if failed { self.failures.saturating_add(1) } else { 0 };
         let share = if failed { 1 << (self.failures - 1).min(4) } else { RESCAN_SHARE };
-        self.soonest = now.after(took * share.min(RESCAN_SHARE));
+        self.soonest = now.aged(took.times(share.min(RESCAN_SHARE)));
         // What made a claim from ahead of the front necessary is not answered by one that failed.
-        self.at = if failed { self.soonest } else { self.soonest.max(now.after(every)) };
+        self.at = if failed { self.soonest } else { self.soonest.max(now.aged(every)) };
     }
 
     /// The next one starts less far back if this one might soon be cut off for what it read there, and else farther.
@@ -138,7 +138,7 @@ pub(super) struct Claims {
     /// By their tokens, which follow the database's clock.
     leases: Front<Token>,
     /// How long the last claim took that started at both fronts, or as little ahead of them as any.
-    usual: Duration,
+    usual: Age,
     /// The next claim reads no more of the queue than that. What shares keep out of a claim is read, and locked, for
     /// nothing, so that after one which shares limited it is twice what that one found.
     reach: u32,
@@ -170,7 +170,7 @@ impl Claims {
             backlog: false,
             queue: Front::new(now),
             leases: Front::new(now),
-            usual: Duration::ZERO,
+            usual: Age::ZERO,
             reach: u32::MAX,
             portion: Portion::default(),
             answered: false,
@@ -369,13 +369,13 @@ impl Worker {
         if let Ok(reply) = &mut reply {
             reply.searched_expired &= !under_way.is_void(reply.db_now);
         }
-        let timeout = self.timing().store_timeout();
+        let timeout = Age::of(self.timing().store_timeout());
         // However long this process was stopped.
-        let took = self.now.since(under_way.sent).min(timeout);
+        let took = self.now.age_of(under_way.sent).min(timeout);
         let failed = reply.is_err();
         self.claims.answered = !failed;
         // A quarter of the timeout more than without: a store that is slow in itself keeps nothing from being found.
-        let too_far = took.saturating_sub(self.claims.usual) * 4 > timeout;
+        let too_far = took.less(self.claims.usual).times(4) > timeout;
         let nearest = |ahead: bool, back| !ahead || back == Some(LEAST_BACK);
         if !failed
             && nearest(under_way.rescans, self.claims.queue.back)
@@ -391,18 +391,18 @@ impl Worker {
             Err(_) => {}
         }
         if under_way.rescans {
-            let took = if planted!(self, RescanSeldom) { took * 400 } else { took };
+            let took = if planted!(self, RescanSeldom) { took.times(400) } else { took };
             self.claims.queue.rescanned(self.now, took, failed, RESCAN);
             self.claims.queue.adjust(too_far, failed);
         }
         if under_way.searches_again && reply.as_ref().map_or(true, |reply| reply.searched_expired) {
             // Searches are seldom as it is: as long as that is cheap, each looks at every lease.
-            self.claims.leases.rescanned(self.now, took, failed, Duration::ZERO);
+            self.claims.leases.rescanned(self.now, took, failed, Age::ZERO);
             self.claims.leases.adjust(too_far, failed);
         }
         if under_way.searches && reply.as_ref().is_ok_and(|reply| reply.searched_expired) {
-            let pause = (took * SEARCH_SHARE).min(self.timing().reclaim_grace() * 2);
-            self.claims.search_at = self.claims.search_at.max(under_way.sent.after(pause));
+            let pause = took.times(SEARCH_SHARE).min(Age::of(self.timing().reclaim_grace()).times(2));
+            self.claims.search_at = self.claims.search_at.max(under_way.sent.aged(pause));
         }
         match reply {
             Ok(reply) => self.take(&under_way, reply),
@@ -531,7 +531,7 @@ impl Worker {
     /// Where the next claim starts. Never so late that it would pass over what falls due, or is granted, from [`LATE`]
     /// before the start of this one on: a clock that was set back takes the front back with it.
     fn advance(&mut self, under_way: &UnderWay, reply: &ClaimReply) {
-        let latest = reply.db_now.before(self.now.since(under_way.sent) + LATE);
+        let latest = reply.db_now.ago(self.now.age_of(under_way.sent).plus(LATE));
         let latest = if planted!(self, FrontAtNow) { reply.db_now } else { latest };
         self.claims.queue.place = reply.front.map(|front| front.min(Place::ahead_of(latest)));
         if reply.searched_expired {

@@ -39,7 +39,7 @@ use super::id::{DestinationKey, Incarnation, LeaseKey, RequestId, RowId, Token, 
 use super::io::{Action, CycleSummary, HeartbeatEnd, Input, Observation, SettleKind, StoreCall, StoreFault};
 use super::row::Settle;
 use super::settings::{Timing, WorkerSettings};
-use super::time::{DbTime, Moment};
+use super::time::{Age, DbTime, Moment};
 
 /// Leases in one statement at most (rule P5).
 const STATEMENT_MAX: usize = 1_000;
@@ -374,7 +374,7 @@ impl Worker {
 
     /// The database's time carried forward by the worker's own clock.
     fn db_now(&self) -> DbTime {
-        self.db.map_or_else(DbTime::default, |last| last.db.after(self.now.since(last.received)))
+        self.db.map_or_else(DbTime::default, |last| last.db.aged(self.now.age_of(last.received)))
     }
 
     /// **P4** self-fence, before anything else at any wake-up.
@@ -565,10 +565,10 @@ impl Worker {
     /// A store call was answered: the clocks are compared (rule P4) and an outage ends (rule P10).
     fn store_answered(&mut self, sent: Moment, db: DbTime) {
         if let Some(last) = self.db {
-            let most = self.now.since(last.sent).saturating_add(self.timing().fence_margin());
-            let ran = db.since(last.db);
+            let most = self.now.age_of(last.sent).plus(Age::of(self.timing().fence_margin()));
+            let ran = db.age_of(last.db);
             if ran > most && !planted!(self, ClockAheadIgnored) {
-                self.observe(Observation::ClockRanAhead { by: ran.saturating_sub(most) });
+                self.observe(Observation::ClockRanAhead { by: ran.less(most).into() });
                 self.fence_all();
             }
         }
