@@ -44,6 +44,9 @@ impl From<Age> for Duration {
 pub struct Moment(u64);
 
 impl Moment {
+    /// Of what is not to come.
+    pub(crate) const NEVER: Self = Self(u64::MAX);
+
     /// The moment that many microseconds after the clock's origin.
     pub const fn from_micros(micros: u64) -> Self {
         Self(micros)

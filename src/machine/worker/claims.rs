@@ -242,22 +242,22 @@ impl Worker {
         self.db.map(|_| db_now.after(valid))
     }
 
-    pub(super) fn claim_due_at(&self) -> Option<Moment> {
+    pub(super) fn claim_due_at(&self) -> Moment {
         if !self.claims.idle() || self.drain.is_some() || self.settles.failing()
             // Who doesn't know what it owns claims nothing more, nor makes the next look wait.
             || (self.claims.look_failures > 0 && !planted!(self, ClaimsUnsure))
             || self.renewal_overdue()
         {
-            return None;
+            return Moment::NEVER;
         }
         let room = self.room();
         if room == 0 {
-            return None;
+            return Moment::NEVER;
         }
         // Worth a statement: half a batch, or nothing is left to start.
         let worth = self.queued == 0 || room >= self.settings.limits().claim_batch.div_ceil(2);
         if (self.claims.backlog && worth) || self.claims.refill {
-            return Some(self.now);
+            return self.now;
         }
         let mut due = self.claims.at;
         if self.may_search() {
@@ -268,11 +268,11 @@ impl Worker {
         if self.claims.queue.asked {
             due = due.min(self.claims.queue.soonest);
         }
-        Some(due)
+        due
     }
 
     pub(super) fn start_claim(&mut self) {
-        if self.claim_due_at().is_none_or(|due| due > self.now) {
+        if self.claim_due_at() > self.now {
             return;
         }
         let limits = *self.settings.limits();
@@ -633,16 +633,14 @@ impl Worker {
         self.timing().store_timeout().max(self.timing().lease() / 16)
     }
 
-    pub(super) fn owned_due_at(&self) -> Option<Moment> {
-        if !self.claims.idle() {
-            return None;
-        }
-        self.claims.owned_at.first().copied()
+    pub(super) fn owned_due_at(&self) -> Moment {
+        let idle = self.claims.idle();
+        self.claims.owned_at.first().copied().filter(|_| idle).unwrap_or(Moment::NEVER)
     }
 
     /// **P7**: asks what the store shows under this worker.
     pub(super) fn start_owned(&mut self) {
-        if self.owned_due_at().is_none_or(|due| due > self.now) {
+        if self.owned_due_at() > self.now {
             return;
         }
         self.claims.owned_at.retain(|at| *at > self.now);

@@ -42,11 +42,12 @@ impl Worker {
         self.leases.iter().filter(|(_, held)| wanted(&held.phase)).map(|(key, _)| *key).collect()
     }
 
-    pub(super) fn drain_due_at(&self) -> Option<Moment> {
-        self.drain
-            .as_ref()
-            .filter(|drain| !(planted!(self, DrainWaits) && drain.aborting))
-            .map(|drain| if drain.aborting { drain.end_at } else { drain.abort_at })
+    pub(super) fn drain_due_at(&self) -> Moment {
+        match &self.drain {
+            Some(drain) if !drain.aborting => drain.abort_at,
+            Some(drain) if !planted!(self, DrainWaits) => drain.end_at,
+            _ => Moment::NEVER,
+        }
     }
 
     /// `2R` before the timeout: aborts the rest.

@@ -173,14 +173,6 @@ struct DbReading {
     db: DbTime,
 }
 
-/// The earlier of two moments, of which either may never come.
-fn earlier(one: Option<Moment>, other: Option<Moment>) -> Option<Moment> {
-    match (one, other) {
-        (Some(one), Some(other)) => Some(one.min(other)),
-        (one, other) => one.or(other),
-    }
-}
-
 /// One worker's decisions. See the module's documentation for the contract.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Worker {
@@ -300,19 +292,20 @@ impl Worker {
         if self.ended.is_some() {
             return None;
         }
-        let watch = (!self.leases.is_empty()).then(|| self.now.aged(self.timing().watch()));
-        let fence = self
-            .fences
-            .first()
-            .filter(|_| !planted!(self, FenceNever))
-            .map(|(confirmed, _)| self.fence_at(*confirmed));
-        let next = earlier(watch, fence);
-        let next = earlier(next, self.renewal_due_at());
-        let next = earlier(next, self.alone_due_at());
-        let next = earlier(next, self.settle_due_at());
-        let next = earlier(next, self.owned_due_at());
-        let next = earlier(next, self.claim_due_at());
-        earlier(next, self.drain_due_at())
+        let watch = if self.leases.is_empty() { Moment::NEVER } else { self.now.aged(self.timing().watch()) };
+        let fence = match self.fences.first() {
+            Some((confirmed, _)) if !planted!(self, FenceNever) => self.fence_at(*confirmed),
+            _ => Moment::NEVER,
+        };
+        let due = watch
+            .min(fence)
+            .min(self.renewal_due_at())
+            .min(self.alone_due_at())
+            .min(self.settle_due_at())
+            .min(self.owned_due_at())
+            .min(self.claim_due_at())
+            .min(self.drain_due_at());
+        (due != Moment::NEVER).then_some(due)
     }
 
     /// Set once nothing is left to do: drained, or the outbox was found empty with `until_empty`.

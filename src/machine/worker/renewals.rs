@@ -8,7 +8,7 @@ use super::super::id::{LeaseKey, RequestId};
 use super::super::io::{Action, HeartbeatEnd, Observation, RenewReply, RenewRequest, StoreCall, StoreFault};
 use super::super::row::Answer;
 use super::super::time::Moment;
-use super::{Heartbeat, Held, Phase, STATEMENT_MAX, Worker, earlier};
+use super::{Heartbeat, Held, Phase, STATEMENT_MAX, Worker};
 
 /// One renewal statement under way.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -36,35 +36,32 @@ impl Worker {
     /// When a run of statements begins: when the oldest lease is seven eighths of `H` old. It takes all that are at least
     /// `H/2` old, and is over when none is left. The last eighth is for those that wait for the statements before theirs; a
     /// first failed try has its time in the rule `H + 2R + M <= L`.
-    fn run_due_at(&self) -> Option<Moment> {
-        let (oldest, _) = self.heartbeats.first()?;
+    fn run_due_at(&self) -> Moment {
+        let Some((oldest, _)) = self.heartbeats.first() else { return Moment::NEVER };
         if planted!(self, HeartbeatLate) {
-            return Some(oldest.after(self.timing().lease()));
+            return oldest.after(self.timing().lease());
         }
-        let age = if self.renewals.more { self.timing().ripe() } else { self.timing().run() };
-        Some(oldest.aged(age))
+        oldest.aged(if self.renewals.more { self.timing().ripe() } else { self.timing().run() })
     }
 
     /// When locked rows are tried again: a lock that ends must be noticed, however many rows stay locked.
-    fn locked_due_at(&self) -> Option<Moment> {
-        let (skipped, _) = self.locked.first()?;
-        Some(skipped.after(self.backoff(3)))
+    fn locked_due_at(&self) -> Moment {
+        self.locked.first().map_or(Moment::NEVER, |(skipped, _)| skipped.after(self.backoff(3)))
     }
 
-    pub(super) fn renewal_due_at(&self) -> Option<Moment> {
+    pub(super) fn renewal_due_at(&self) -> Moment {
         if self.renewals.batch.is_some() && !planted!(self, TwoRenewals) {
-            return None;
+            return Moment::NEVER;
         }
         if planted!(self, DrainStopsRenewing) && self.drain.is_some() {
-            return None;
+            return Moment::NEVER;
         }
-        let due = earlier(self.run_due_at(), self.locked_due_at())?;
-        Some(due.max(self.renewals.retry_at))
+        self.run_due_at().min(self.locked_due_at()).max(self.renewals.retry_at)
     }
 
-    pub(super) fn alone_due_at(&self) -> Option<Moment> {
+    pub(super) fn alone_due_at(&self) -> Moment {
         let idle = self.renewals.alone.is_none() && !self.renewals.alone_queue.is_empty();
-        idle.then_some(self.renewals.alone_retry_at)
+        if idle { self.renewals.alone_retry_at } else { Moment::NEVER }
     }
 
     /// **P4**: whether a renewal is overdue by `R`. A row that somebody keeps locked holds up nothing but itself.
@@ -87,8 +84,8 @@ impl Worker {
     }
 
     pub(super) fn start_renewals(&mut self) {
-        if self.renewal_due_at().is_some_and(|due| due <= self.now) {
-            let run = self.run_due_at().is_some_and(|due| due <= self.now);
+        if self.renewal_due_at() <= self.now {
+            let run = self.run_due_at() <= self.now;
             // Locked rows first, or behind a run of full statements they would wait for its end; and of a run no more than
             // half, or many of them would keep the others from theirs.
             let locked = if run { STATEMENT_MAX / 2 } else { STATEMENT_MAX };
@@ -115,7 +112,7 @@ impl Worker {
                 self.renewals.batch = Some(self.renew(keys, false));
             }
         }
-        if self.alone_due_at().is_some_and(|due| due <= self.now) {
+        if self.alone_due_at() <= self.now {
             while let Some(key) = self.renewals.alone_queue.pop_front() {
                 if self.leases.get(&key).is_some_and(Held::is_locked) {
                     self.renewals.alone = Some(self.renew(vec![key], true));

@@ -54,8 +54,7 @@ impl Settles {
 
     /// **P6**: after an outage settles go before claims, if there are any left.
     pub(super) fn failing(&self) -> bool {
-        let left = self.waiting() || !self.skipped.is_empty();
-        self.failures > 0 && (left || self.under_way.is_some())
+        self.failures > 0 && (self.waiting() || !self.skipped.is_empty() || self.under_way.is_some())
     }
 
     pub(super) fn gave_up(&self, key: LeaseKey) -> bool {
@@ -72,16 +71,17 @@ impl Settles {
 }
 
 impl Worker {
-    pub(super) fn settle_due_at(&self) -> Option<Moment> {
+    pub(super) fn settle_due_at(&self) -> Moment {
         if self.settles.under_way.is_some() {
-            return None;
+            return Moment::NEVER;
         }
-        let due = if self.settles.waiting() { self.now } else { self.settles.skipped.first()?.0 };
-        Some(due.max(self.settles.retry_at))
+        let skipped = || self.settles.skipped.first().map_or(Moment::NEVER, |(due, _)| *due);
+        let due = if self.settles.waiting() { self.now } else { skipped() };
+        due.max(self.settles.retry_at)
     }
 
     pub(super) fn start_settle(&mut self) {
-        if self.settle_due_at().is_none_or(|due| due > self.now) {
+        if self.settle_due_at() > self.now {
             return;
         }
         while let Some(&(due, key)) = self.settles.skipped.first()
