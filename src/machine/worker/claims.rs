@@ -237,9 +237,9 @@ impl Worker {
     /// found by no look. By the database's clock as far as it is known: a step within `G` voids no claim in time.
     fn valid_until(&self, db_now: DbTime) -> Option<DbTime> {
         let timing = self.timing();
-        let valid = timing.store_timeout().saturating_add(timing.reclaim_grace());
-        let valid = if planted!(self, ClaimsValidForEver) { valid * 1_000 } else { valid };
-        self.db.map(|_| db_now.after(valid))
+        let valid = Age::of(timing.store_timeout()).plus(Age::of(timing.reclaim_grace()));
+        let valid = if planted!(self, ClaimsValidForEver) { valid.times(1_000) } else { valid };
+        self.db.map(|_| db_now.aged(valid))
     }
 
     pub(super) fn claim_due_at(&self) -> Moment {
@@ -319,6 +319,19 @@ impl Worker {
         let request = self.next_request();
         let valid_until = self.valid_until(db_now);
         let asleep = self.claims.awake_until <= self.now;
+        self.claims.refill = false;
+        self.claims.under_way = Some(UnderWay {
+            request,
+            sent: self.now,
+            valid_until,
+            searches: expired,
+            rescans,
+            searches_again,
+            asleep,
+            limit,
+            reduced,
+            shares: shares.clone(),
+        });
         let claim = ClaimRequest {
             owner: self.id.clone(),
             terms: ClaimTerms {
@@ -337,25 +350,12 @@ impl Worker {
                 u32::from(self.probation == 0 && !unranked)
             },
             share,
-            shares: shares.clone(),
+            shares,
             from,
             leases_from,
             count_pending: self.settings.until_empty && from.is_none(),
             asleep: asleep.then_some(limits.poll_interval),
         };
-        self.claims.refill = false;
-        self.claims.under_way = Some(UnderWay {
-            request,
-            sent: self.now,
-            valid_until,
-            searches: expired,
-            rescans,
-            searches_again,
-            asleep,
-            limit,
-            reduced,
-            shares,
-        });
         self.actions.push_back(Action::Claim(request, claim));
     }
 
