@@ -170,18 +170,14 @@ impl Store {
 
     fn eligible(&self, row: u32, seen: DbTime, terms: &ClaimTerms) -> bool {
         let state = &self.rows[row as usize];
-        match self.bug {
-            Some(Bug::ClaimIgnoresDue) => state.eligible(seen.max(state.next_attempt_at), terms),
-            Some(Bug::ReclaimEarly) if state.lease.is_some() => {
-                state.eligible(seen.after(terms.grace + terms.lease / 10), terms)
-            }
-            Some(Bug::ClaimTerminal) => {
-                let again =
-                    state.status == Status::Delivered && seen.since(state.next_attempt_at).as_secs() > 3;
-                again || state.eligible(seen, terms)
-            }
-            _ => state.eligible(seen, terms),
-        }
+        let over_for = || seen.since(state.next_attempt_at).as_secs();
+        let seen = match self.bug {
+            Some(Bug::ClaimIgnoresDue) => seen.max(state.next_attempt_at),
+            Some(Bug::ReclaimEarly) if state.lease.is_some() => seen.after(terms.grace + terms.lease / 10),
+            Some(Bug::ClaimTerminal) if state.status == Status::Delivered && over_for() > 3 => return true,
+            _ => seen,
+        };
+        state.eligible(seen, terms)
     }
 
     fn terms(&self, request: &ClaimRequest, searched: bool) -> ClaimTerms {
