@@ -84,11 +84,13 @@ impl World<'_> {
 
     /// A statement reaches the server.
     pub(crate) fn arrive(&mut self, id: u32) {
-        let Some(statement) = &mut self.statements[id as usize] else { return };
         if !self.store.up || self.store.read_only {
+            let Some(statement) = self.statements[id as usize].take() else { return };
             let call = statement.call;
+            self.spare.push(statement);
             return self.reply(call, Reply::NotApplied);
         }
+        let Some(statement) = &mut self.statements[id as usize] else { return };
         self.store.begin(statement, self.now);
         let stall = if self.weather.stall > 0 { self.pace.below(self.weather.stall + 1) } else { 0 };
         if stall > 0 {
