@@ -126,7 +126,7 @@ const NEVER: Turn = Turn { time: u64::MAX, seq: 0 };
 impl Turn {
     /// Whether it comes before another one. Equal times are few: what orders them is worked out only where it matters.
     fn is_before(self, other: Self, ties: u64) -> bool {
-        self.time < other.time || (self.time == other.time && self.tie(ties) < other.tie(ties))
+        self.time <= other.time && (self.time < other.time || self.tie(ties) < other.tie(ties))
     }
 
     #[cold]
@@ -278,9 +278,9 @@ impl<'a> World<'a> {
             worker_settings,
             store: Store::new(EPOCH, destinations, forgets_until.is_some(), options.bug),
             slots: vec![SlotState::default(); schedule.slots.len()],
-            processes: Vec::with_capacity(16),
-            calls: Vec::with_capacity(512),
-            statements: Vec::with_capacity(512),
+            processes: Vec::with_capacity(32),
+            calls: Vec::with_capacity(1_024),
+            statements: Vec::with_capacity(1_024),
             spare: Vec::new(),
             spare_replies: Vec::new(),
             requests: Vec::with_capacity(256),
