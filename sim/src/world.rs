@@ -203,6 +203,8 @@ pub struct World<'a> {
     agenda: Vec<Due>,
     /// The timer of the process in each slot: each of its inputs sets it anew, so that most never ring.
     timers: Vec<Turn>,
+    /// None of them rings before that.
+    first_timer: u64,
     /// Time-outs of calls, in order for each of the schedule's settings: most never happen.
     timeouts: Vec<VecDeque<(u64, u32)>>,
     /// None of them comes before that.
@@ -273,6 +275,7 @@ impl<'a> World<'a> {
             hints: Rng::new(schedule.seed, "notifications"),
             agenda: Vec::with_capacity(256),
             timers: vec![NEVER; schedule.slots.len()],
+            first_timer: u64::MAX,
             timeouts: vec![VecDeque::new(); schedule.settings.len()],
             first_timeout: u64::MAX,
             worker_settings,
@@ -344,7 +347,11 @@ impl<'a> World<'a> {
         match time {
             // Another order of equal times is for another time only.
             Some(time) if self.timers[slot].time == time.max(self.now) => {}
-            Some(time) => self.timers[slot] = self.turn(time),
+            Some(time) => {
+                let turn = self.turn(time);
+                self.timers[slot] = turn;
+                self.first_timer = self.first_timer.min(turn.time);
+            }
             None => self.timers[slot] = NEVER,
         }
     }
@@ -454,9 +461,13 @@ impl<'a> World<'a> {
     fn next(&mut self) -> Option<(u64, Happening)> {
         let mut first = self.agenda.last().map_or(NEVER, |due| due.turn);
         let mut ringing = None;
-        for (slot, turn) in self.timers.iter().enumerate() {
-            if turn.is_before(first, self.ties) {
-                (first, ringing) = (*turn, Some(slot));
+        if self.first_timer <= first.time {
+            self.first_timer = u64::MAX;
+            for (slot, turn) in self.timers.iter().enumerate() {
+                self.first_timer = self.first_timer.min(turn.time);
+                if turn.is_before(first, self.ties) {
+                    (first, ringing) = (*turn, Some(slot));
+                }
             }
         }
         if self.first_timeout <= first.time
