@@ -8,6 +8,7 @@ use crate::statement::{Ask, Reply, Statement};
 use crate::world::{Call, Happening, World};
 
 impl World<'_> {
+    #[inline]
     fn network_delay(&mut self) -> u64 {
         let (least, most) = self.schedule.pace.network;
         let delay = self.net.within(least, most);

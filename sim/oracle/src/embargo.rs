@@ -41,6 +41,7 @@ impl Oracle {
     }
 
     /// Whether a worker's calls had failed for `H` at some time; `None` is perhaps.
+    #[inline]
     fn away_for_long(&self, worker: u32, at: Micros) -> Option<bool> {
         let book = &self.workers[worker as usize];
         let Some(first) = book.outage.missed else { return Some(false) };

@@ -518,7 +518,7 @@ impl Worker {
         }
         let limited = self.note_hunger(under_way) && !self.claims.backlog;
         self.claims.reach = if limited { found.saturating_mul(2).max(LEAST_REACH) } else { u32::MAX };
-        if self.cycles.get(&under_way.request).is_some_and(|cycle| cycle.outstanding == 0) {
+        if found > 0 && self.cycles.get(&under_way.request).is_some_and(|cycle| cycle.outstanding == 0) {
             self.end_cycle(under_way.request);
         }
         let empty = reply.any_pending == Some(false)
