@@ -44,7 +44,7 @@ impl From<Age> for Duration {
 pub struct Moment(u64);
 
 impl Moment {
-    /// Of what is not to come.
+    /// Of what is not to come: no clock goes so far.
     pub(crate) const NEVER: Self = Self(u64::MAX);
 
     /// The moment that many microseconds after the clock's origin.
