@@ -78,10 +78,12 @@ pub struct Page {
 }
 
 /// What was done with a page.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Retired {
     /// How many events left the table.
     pub events: u64,
+    /// Events that the database does not let go, as for a foreign key that names them: how many, and why the first.
+    pub kept: Option<String>,
     /// After which id the next page begins: 0 where there is nothing behind this one, or nothing that is old enough.
     pub next: i64,
 }

@@ -19,18 +19,24 @@ const PAUSE: Duration = Duration::from_secs(2);
 pub(super) async fn retire(store: Store, retain: Retain, store_timeout: Duration) {
     let mut page = Page { after: 0, rows: PAGE };
     let (mut retiring, mut dropping) = (Trial::default(), Trial::default());
+    let mut keeping = Failures::default();
     loop {
         if let Retain::Archive(keep_for) = retain
             && page.after == 0
         {
             // A day that can't be dropped keeps nothing else from leaving the queue.
             const FAILED: &str = "a day of the archive could not be dropped; trying again";
-            dropping.of(FAILED, store_timeout, store.drop_day(keep_for)).await;
+            dropping.of(FAILED, store_timeout, store.drop_days(keep_for)).await;
         }
         const FAILED: &str = "delivered events could not be retired; trying again";
         match retiring.of(FAILED, store_timeout, store.retire(retain, page)).await {
             Some(retired) => {
                 debug!(events = retired.events, after = page.after, "retired delivered events");
+                if let Some(kept) = retired.kept
+                    && keeping.another(Instant::now()).1
+                {
+                    warn!(kept, "delivered events stay in the table: the database does not let them go");
+                }
                 let most = retired.events >= u64::from(page.rows / 2).max(1);
                 page = Page { after: retired.next, rows: page.rows.saturating_mul(2).min(PAGE) };
                 if most {

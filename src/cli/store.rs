@@ -103,13 +103,13 @@ impl Store {
         }
     }
 
-    /// Drops the oldest day of the archive if that is over for longer than `keep_for`. SQLite has no archive.
+    /// Drops the days of the archive that are over for longer than `keep_for`. SQLite has no archive.
     ///
     /// # Errors
     /// When the database refuses.
-    pub async fn drop_day(&self, keep_for: Duration) -> Result<(), StoreError> {
+    pub async fn drop_days(&self, keep_for: Duration) -> Result<(), StoreError> {
         match self {
-            Self::Postgres(store) => store.drop_day(keep_for).await,
+            Self::Postgres(store) => store.drop_days(keep_for).await,
             Self::Sqlite(_) => Ok(()),
         }
     }

@@ -13,6 +13,7 @@ use crate::postgres::{exec, locking, session, until_waiting};
 on_both! {
     only_delivered_events_of_that_age_are_deleted
     a_walk_goes_from_page_to_page_and_ends_where_events_are_too_young
+    what_the_database_does_not_let_go_stays_and_keeps_no_other
     an_id_does_not_come_again
 }
 
@@ -56,9 +57,9 @@ async fn only_delivered_events_of_that_age_are_deleted<B: Bed>(bed: &B) {
     gone = vec![gone[0], gone[4]];
     let left: Vec<_> = bed.rows().await.into_iter().filter(|stored| !gone.contains(&stored.id)).collect();
     let nothing = bed.retire(Retain::Keep, WHOLE).await.unwrap();
-    assert_eq!((nothing, bed.rows().await.len()), (Retired { events: 0, next: 0 }, 6));
+    assert_eq!((nothing, bed.rows().await.len()), (Retired { events: 0, kept: None, next: 0 }, 6));
     let retired = bed.retire(Retain::Delete(HOUR), WHOLE).await.unwrap();
-    assert_eq!(retired, Retired { events: 2, next: 0 });
+    assert_eq!(retired, Retired { events: 2, kept: None, next: 0 });
     assert_eq!(bed.rows().await, left);
     assert_eq!(bed.retire(Retain::Delete(HOUR), WHOLE).await.unwrap().events, 0);
 }
@@ -72,16 +73,36 @@ async fn a_walk_goes_from_page_to_page_and_ends_where_events_are_too_young<B: Be
     created_at(bed, ripe, "true").await;
     created_at(bed, young, &format!("id > {}", ids[4])).await;
     let walk = async |after| bed.retire(Retain::Delete(HOUR), Page { after, rows: 2 }).await.unwrap();
-    assert_eq!(walk(0).await, Retired { events: 1, next: ids[1] });
-    assert_eq!(walk(ids[1]).await, Retired { events: 1, next: ids[3] });
+    assert_eq!(walk(0).await, Retired { events: 1, kept: None, next: ids[1] });
+    assert_eq!(walk(ids[1]).await, Retired { events: 1, kept: None, next: ids[3] });
     // One of the page is old, though the other one isn't: what follows may be old as well.
-    assert_eq!(walk(ids[3]).await, Retired { events: 1, next: ids[5] });
-    assert_eq!(walk(ids[5]).await, Retired { events: 0, next: 0 });
+    assert_eq!(walk(ids[3]).await, Retired { events: 1, kept: None, next: ids[5] });
+    assert_eq!(walk(ids[5]).await, Retired { events: 0, kept: None, next: 0 });
     created_at(bed, ripe, "true").await;
-    assert_eq!(walk(ids[5]).await, Retired { events: 0, next: ids[7] });
-    assert_eq!(walk(ids[7]).await, Retired { events: 0, next: 0 });
+    assert_eq!(walk(ids[5]).await, Retired { events: 0, kept: None, next: ids[7] });
+    assert_eq!(walk(ids[7]).await, Retired { events: 0, kept: None, next: 0 });
     let left: Vec<i64> = bed.rows().await.iter().map(|stored| stored.id).collect();
     assert_eq!(left, [ids[1], ids[2], ids[5], ids[6], ids[7]]);
+}
+
+async fn what_the_database_does_not_let_go_stays_and_keeps_no_other<B: Bed>(bed: &B) {
+    let mut ids = Vec::new();
+    for _ in 0..5 {
+        ids.push(bed.insert(A, "{}", &delivered_at(before(bed.now(), HOUR))).await);
+    }
+    let deferred = if B::POSTGRES { "deferrable initially deferred" } else { "" };
+    let table = bed.table();
+    bed.run(&format!("create table orders (event bigint references {table} (id) {deferred})")).await.unwrap();
+    bed.run(&format!("insert into orders values ({}), ({})", ids[1], ids[3])).await.unwrap();
+    let retired = bed.retire(Retain::Delete(HOUR), WHOLE).await.unwrap();
+    let kept = retired.kept.expect("two");
+    assert!(
+        kept.starts_with(&format!("2 events; of row {}: ", ids[1]))
+            && kept.to_lowercase().contains("foreign key"),
+        "{kept}"
+    );
+    assert_eq!((retired.events, retired.next), (3, 0));
+    assert_eq!(bed.rows().await.iter().map(|stored| stored.id).collect::<Vec<_>>(), [ids[1], ids[3]]);
 }
 
 async fn an_id_does_not_come_again<B: Bed>(bed: &B) {
@@ -162,7 +183,7 @@ fn a_day_is_dropped_when_all_of_it_is_old_enough() {
         assert_eq!(bed.retire(retain, WHOLE).await.unwrap().events, 3);
         let walk = async |time| {
             bed.set_clock(time).await;
-            bed.store().drop_day(2 * DAY).await.unwrap();
+            bed.store().drop_days(2 * DAY).await.unwrap();
             days(bed).await.len()
         };
         // The 7th ends as the 8th begins.
@@ -176,9 +197,25 @@ fn a_day_is_dropped_when_all_of_it_is_old_enough() {
         )
         .await
         .unwrap();
-        assert_eq!(walk(march(20, 0)).await, 2);
         assert_eq!(walk(march(20, 0)).await, 1);
         assert_eq!(walk(march(20, 0)).await, 1);
+    });
+}
+
+#[test]
+fn a_day_that_can_not_be_dropped_keeps_no_other() {
+    on_postgres(async |bed| {
+        bed.set_clock(march(9, 12)).await;
+        for day in [7, 8] {
+            bed.insert(A, "{}", &delivered_at(march(day, 1))).await;
+        }
+        assert_eq!(bed.retire(Retain::Archive(DAY), WHOLE).await.unwrap().events, 2);
+        bed.run("create view kept as select from leasehold.outbox_archive_20310307").await.unwrap();
+        bed.set_clock(march(20, 0)).await;
+        let error = bed.store().drop_days(DAY).await.unwrap_err().to_string();
+        assert!(error.contains("2BP01") && error.contains("outbox_archive_20310307"), "{error}");
+        let left = days(bed).await;
+        assert!(left.len() == 1 && left[0].starts_with("outbox_archive_20310307"), "{left:?}");
     });
 }
 
@@ -297,11 +334,11 @@ fn who_reads_the_archive_keeps_its_oldest_day_and_holds_up_nothing_else() {
         exec(&mut reader, "select from leasehold.outbox_archive").await;
         bed.set_clock(march(20, 0)).await;
         bed.insert(A, "{}", &delivered_at(march(19, 1))).await;
-        bed.store().drop_day(DAY).await.unwrap();
+        bed.store().drop_days(DAY).await.unwrap();
         assert_eq!(bed.retire(retain, WHOLE).await.unwrap().events, 1);
         assert_eq!(days(bed).await.len(), 2);
         exec(&mut reader, "commit").await;
-        bed.store().drop_day(DAY).await.unwrap();
+        bed.store().drop_days(DAY).await.unwrap();
         assert_eq!(days(bed).await.len(), 1);
     });
 }

@@ -8,7 +8,7 @@ use tokio::time::timeout;
 
 use super::Postgres;
 use super::connect::BEGIN;
-use super::error::{after_send, database, text};
+use super::error::{after_send, database, is_of_an_event, text};
 use crate::adapters::store::{NewEvent, Status, StoreError};
 use crate::machine::StoreFault;
 
@@ -44,12 +44,6 @@ async fn insert(
     .bind(events.iter().map(|event| event.next_attempt_at).collect::<Vec<_>>())
     .fetch_all(connection)
     .await
-}
-
-/// Whether the database refuses what a row contains: a value, a constraint, a limit, or what a trigger says.
-fn is_of_an_event(error: &sqlx::Error) -> bool {
-    let code = error.as_database_error().and_then(sqlx::error::DatabaseError::code);
-    code.is_some_and(|code| matches!(code.get(..2), Some("22" | "23" | "54" | "P0")))
 }
 
 fn refused(place: usize, error: &sqlx::Error) -> StoreError {

@@ -58,6 +58,12 @@ pub(super) fn after_send(error: &sqlx::Error) -> StoreFault {
     }
 }
 
+/// Whether the database refuses what a row contains: a value, a constraint, a limit, or what a trigger says.
+pub(super) fn is_of_an_event(error: &sqlx::Error) -> bool {
+    let code = error.as_database_error().and_then(sqlx::error::DatabaseError::code);
+    code.is_some_and(|code| matches!(code.get(..2), Some("22" | "23" | "54" | "P0")))
+}
+
 /// What a command says of an error, with what to do about a schema that is missing.
 pub(super) fn database(doing: &'static str, error: &sqlx::Error) -> StoreError {
     match error {

@@ -5,7 +5,7 @@ use std::time::Duration;
 use sqlx::{AssertSqlSafe, Connection as _, PgConnection, Row as _};
 
 use super::connect::{BEGIN, Borrowed};
-use super::error::{database, text};
+use super::error::{database, is_of_an_event, text};
 use super::{Postgres, micros};
 use crate::adapters::store::{Page, Retain, Retired, SETTLED_FOR, StoreError};
 
@@ -19,22 +19,24 @@ const MOVE: &str = "with retired as (delete from leasehold.outbox_events where i
      select id, event_id, event_type, destination_url, payload, attempts, max_attempts,
          lease_token, last_status, delivered_at, created_at
      from retired";
-/// The oldest day of the archive that is over for longer than $1 microseconds.
-const OVER: &str = "select min(relname::text) from pg_inherits join pg_class on pg_class.oid = inhrelid
+/// The days of the archive that are over for longer than $1 microseconds.
+const OVER: &str = "select relname::text from pg_inherits join pg_class on pg_class.oid = inhrelid
      where inhparent = 'leasehold.outbox_archive'::regclass and case
          when relname ~ '^outbox_archive_[0-9]{8}$'
          then (right(relname, 8) || ' 00:00+00')::timestamptz + interval '24 hours'
              <= leasehold.early_now() - $1 * interval '1 microsecond'
-     end";
+     end
+     order by relname";
 
 impl Postgres {
-    /// Moves or deletes the delivered events of a page that are old enough, unless another worker is at it.
+    /// Moves or deletes the delivered events of a page that are old enough, unless another worker is at it. What can't go
+    /// for what it is stays, and keeps no other.
     ///
     /// # Errors
     /// When the database refuses; nothing of the page has been done then.
     pub async fn retire(&self, retain: Retain, page: Page) -> Result<Retired, StoreError> {
         let age = match retain {
-            Retain::Keep => return Ok(Retired { events: 0, next: 0 }),
+            Retain::Keep => return Ok(Retired { events: 0, kept: None, next: 0 }),
             Retain::Delete(keep_for) => keep_for,
             Retain::Archive(_) => SETTLED_FOR,
         };
@@ -46,14 +48,14 @@ impl Postgres {
         Ok(retired)
     }
 
-    /// Drops the oldest day of the archive if that is over for longer than `keep_for`, unless another worker is at it or
-    /// somebody reads it.
+    /// Drops the days of the archive that are over for longer than `keep_for`, unless another worker is at it. A day that
+    /// can't be dropped, or that somebody reads, stays, and keeps no other.
     ///
     /// # Errors
-    /// When the database refuses.
-    pub async fn drop_day(&self, keep_for: Duration) -> Result<(), StoreError> {
+    /// When the database refuses; of several days the first one's.
+    pub async fn drop_days(&self, keep_for: Duration) -> Result<(), StoreError> {
         let mut connection = self.retiring.acquire().await.map_err(|error| database("connecting", &error))?;
-        let dropped = self.drop_a_day(connection.get(), keep_for).await;
+        let dropped = self.drop_days_over(connection.get(), keep_for).await;
         dropped.map_err(|error| self.failed(connection.host, "dropping a day of the archive", &error))?;
         connection.put_back();
         Ok(())
@@ -76,7 +78,7 @@ impl Postgres {
         if !alone(&mut transaction).await? {
             // Dropped, it would stay open until the connection is used again.
             transaction.rollback().await?;
-            return Ok(Retired { events: 0, next: page.after });
+            return Ok(Retired { events: 0, kept: None, next: page.after });
         }
         let row = sqlx::query(RIPE)
             .persistent(false)
@@ -92,29 +94,93 @@ impl Postgres {
             }
         }
         let retire = if matches!(retain, Retain::Archive(_)) { MOVE } else { DELETE };
-        let done = sqlx::query(retire).persistent(false).bind(ids).execute(&mut *transaction).await?;
+        // What is refused at the end would be so for all of them.
+        run(&mut transaction, "set constraints all immediate".to_owned()).await?;
+        let (events, kept) = let_go(&mut transaction, retire, &ids).await?;
         transaction.commit().await?;
-        Ok(Retired { events: done.rows_affected(), next: row.try_get("next")? })
+        Ok(Retired { events, kept, next: row.try_get("next")? })
     }
 
-    async fn drop_a_day(&self, connection: &mut PgConnection, keep_for: Duration) -> Result<(), sqlx::Error> {
+    async fn drop_days_over(
+        &self,
+        connection: &mut PgConnection,
+        keep_for: Duration,
+    ) -> Result<(), sqlx::Error> {
+        let over = sqlx::query_scalar::<_, String>(OVER).persistent(false).bind(micros(keep_for));
+        let mut first = Ok(());
+        for day in over.fetch_all(&mut *connection).await? {
+            match self.drop_day(connection, &day).await {
+                Ok(true) => {}
+                Ok(false) => break,
+                Err(error @ sqlx::Error::Database(_)) => first = first.and(Err(error)),
+                Err(error) => return Err(error),
+            }
+        }
+        first
+    }
+
+    /// Answers whether another day may be tried: not while another worker is at it, or somebody reads the archive.
+    async fn drop_day(&self, connection: &mut PgConnection, day: &str) -> Result<bool, sqlx::Error> {
         let mut transaction = connection.begin_with(BEGIN).await?;
         self.bound(&mut transaction).await?;
         if alone(&mut transaction).await? {
-            let over = sqlx::query_scalar::<_, Option<String>>(OVER).persistent(false).bind(micros(keep_for));
-            if let Some(day) = over.fetch_one(&mut *transaction).await? {
-                // Who waits for this lock holds up all that come to read the archive.
-                let drop = format!("set local lock_timeout = '100ms'; drop table leasehold.{day}");
-                match run(&mut transaction, drop).await {
-                    Err(sqlx::Error::Database(error)) if error.code().as_deref() == Some("55P03") => {
-                        tracing::debug!(day, "somebody reads the archive: its oldest day stays for now");
-                        return transaction.rollback().await;
-                    }
-                    dropped => dropped?,
+            // Who waits for this lock holds up all that come to read the archive.
+            let drop = format!("set local lock_timeout = '100ms'; drop table if exists leasehold.{day}");
+            match run(&mut transaction, drop).await {
+                Ok(()) => return transaction.commit().await.map(|()| true),
+                Err(sqlx::Error::Database(error)) if error.code().as_deref() == Some("55P03") => {
+                    tracing::debug!(day, "somebody reads the archive: its oldest days stay for now");
+                }
+                Err(error) => {
+                    transaction.rollback().await?;
+                    return Err(error);
                 }
             }
         }
-        transaction.commit().await
+        transaction.rollback().await.map(|()| false)
+    }
+}
+
+/// Deletes or moves events, all at once or, where the database refuses that for what one of them is, each by itself.
+/// Answers how many are gone, and what stays.
+async fn let_go(
+    connection: &mut PgConnection,
+    retire: &'static str,
+    ids: &[i64],
+) -> Result<(u64, Option<String>), sqlx::Error> {
+    match try_to(connection, retire, ids).await {
+        Err(error) if is_of_an_event(&error) => {}
+        gone => return Ok((gone?, None)),
+    }
+    let (mut events, mut kept, mut why) = (0, 0, None);
+    for id in ids {
+        match try_to(connection, retire, std::slice::from_ref(id)).await {
+            Err(error) if is_of_an_event(&error) => {
+                kept += 1;
+                why.get_or_insert_with(|| format!("of row {id}: {}", text(&error)));
+            }
+            gone => events += gone?,
+        }
+    }
+    Ok((events, why.map(|why| format!("{kept} events; {why}"))))
+}
+
+/// In a savepoint: what was done before stays if this is refused.
+async fn try_to(
+    connection: &mut PgConnection,
+    retire: &'static str,
+    ids: &[i64],
+) -> Result<u64, sqlx::Error> {
+    let mut savepoint = connection.begin().await?;
+    match sqlx::query(retire).persistent(false).bind(ids).execute(&mut *savepoint).await {
+        Ok(done) => {
+            savepoint.commit().await?;
+            Ok(done.rows_affected())
+        }
+        Err(error) => {
+            savepoint.rollback().await?;
+            Err(error)
+        }
     }
 }
 

@@ -84,6 +84,9 @@ fn text(error: &sqlx::Error) -> String {
     }
 }
 
+/// The primary result code of what a constraint refuses, or a trigger.
+const CONSTRAINT: u32 = 19;
+
 /// The primary result code is the low byte of SQLite's extended one.
 fn primary_code(error: &dyn DatabaseError) -> u32 {
     error.code().and_then(|code| code.parse::<u32>().ok()).unwrap_or(0) & 0xff
@@ -325,7 +328,7 @@ impl Sqlite {
     pub async fn retire(&self, retain: Retain, page: Page) -> Result<Retired, StoreError> {
         const DOING: &str = "retiring delivered events";
         let keep_for = match retain {
-            Retain::Keep => return Ok(Retired { events: 0, next: 0 }),
+            Retain::Keep => return Ok(Retired { events: 0, kept: None, next: 0 }),
             Retain::Delete(keep_for) => keep_for,
             Retain::Archive(_) => {
                 return Err(StoreError::Database { doing: DOING, error: "no archive on SQLite".to_owned() });
@@ -342,20 +345,34 @@ impl Sqlite {
             .bind(page.rows)
             .fetch_one(&mut *write.transaction)
             .await?;
-            let deleted = sqlx::query(
-                "delete from outbox_events
-                 where id > ? and id <= ? and delivery_status = 'delivered' and delivered_at <= ?",
+            let ripe: Vec<i64> = sqlx::query_scalar(
+                "select id from outbox_events
+                 where id > ? and id <= ? and delivery_status = 'delivered' and delivered_at <= ? order by id",
             )
             .bind(page.after)
             .bind(last)
             .bind(too_young)
-            .execute(&mut *write.transaction)
+            .fetch_all(&mut *write.transaction)
             .await?;
+            let (mut events, mut kept, mut why) = (0, 0, None);
+            for id in ripe {
+                // What is refused is undone by itself.
+                let delete = sqlx::query("delete from outbox_events where id = ?").bind(id);
+                match delete.execute(&mut *write.transaction).await {
+                    Err(sqlx::Error::Database(error)) if primary_code(error.as_ref()) == CONSTRAINT => {
+                        kept += 1;
+                        why.get_or_insert_with(|| {
+                            format!("of row {id}: {}", text(&sqlx::Error::Database(error)))
+                        });
+                    }
+                    gone => events += gone?.rows_affected(),
+                }
+            }
             write.transaction.commit().await?;
             // Ids rise with time: behind a page that is too young as a whole there is nothing to be found.
             let more = rows == i64::from(page.rows) && oldest.is_some_and(|oldest| oldest <= too_young);
             let next = last.filter(|_| more).unwrap_or(0);
-            Ok(Retired { events: deleted.rows_affected(), next })
+            Ok(Retired { events, kept: why.map(|why| format!("{kept} events; {why}")), next })
         };
         retire().await.map_err(|error| database(DOING, &error))
     }
