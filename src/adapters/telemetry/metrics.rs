@@ -55,11 +55,8 @@ impl Metrics {
         registry.register("events_reclaimed", help, self.reclaimed.clone());
         let help = "Events that a claim failed without a request, by what is spent";
         registry.register("events_failed_by_claim", help, self.failed_by_claim.clone());
-        registry.register(
-            "events_on_probation",
-            "Events taken that may be killing workers",
-            self.probation.clone(),
-        );
+        let help = "Times an event was taken that may be killing workers";
+        registry.register("probations", help, self.probation.clone());
         registry.register("settles", "Outcomes settled", self.settled.clone());
         let help = "Settles refused since the lease was lost; what was delivered goes out again";
         registry.register("settles_refused", help, self.settles_refused.clone());
