@@ -41,6 +41,20 @@ pub trait Observer: Send {
     fn look(&mut self, _worker: &Worker) {}
 }
 
+impl<O: Observer> Observer for Option<O> {
+    fn observe(&mut self, observation: &Observation, events: &Events) {
+        if let Some(observer) = self {
+            observer.observe(observation, events);
+        }
+    }
+
+    fn look(&mut self, worker: &Worker) {
+        if let Some(observer) = self {
+            observer.look(worker);
+        }
+    }
+}
+
 impl<A: Observer, B: Observer> Observer for (A, B) {
     fn observe(&mut self, observation: &Observation, events: &Events) {
         self.0.observe(observation, events);

@@ -67,11 +67,12 @@ pub async fn run(mut settings: Settings, until_empty: bool) -> anyhow::Result<Ex
     );
     // Beside the worker: dropped, they end.
     let mut beside = JoinSet::new();
-    let metrics = Metrics::default();
+    let mut metrics = None;
     if let Some(address) = settings.admin_addr {
         let listener = admin::listen(address).await?;
         info!(address = %listener.local_addr().unwrap_or(address), "serving health, metrics and status");
-        beside.spawn(Admin::new(id.clone(), metrics.clone(), store.clone()).serve(listener));
+        let shown = metrics.insert(Metrics::default()).clone();
+        beside.spawn(Admin::new(id.clone(), shown, store.clone()).serve(listener));
     }
     // A database that is not there yet is no reason to end: the machine tries again. A missing schema is.
     let checked = tokio::select! {
@@ -104,7 +105,7 @@ async fn drive<O: Outbox>(
     gateway: Arc<HttpGateway>,
     id: WorkerId,
     settings: Settings,
-    metrics: Metrics,
+    metrics: Option<Metrics>,
     shutdown: impl Future<Output = ()>,
 ) -> anyhow::Result<Ended> {
     let observer = (Telemetry::new(id.clone()), metrics);
