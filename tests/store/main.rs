@@ -10,4 +10,5 @@ mod differential;
 mod interleavings;
 mod postgres;
 mod retain;
+mod storage;
 mod waking;
