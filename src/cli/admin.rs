@@ -158,8 +158,6 @@ impl Admin {
     /// As counted last, since who scrapes waits for no count.
     fn scrape(&self) -> Response<Full<Bytes>> {
         self.asked.notify_one();
-        let counted = self.counted.borrow().clone();
-        self.metrics.counted(counted.as_ref().and_then(|counted| counted.status.as_ref().ok()));
         let mut text = String::new();
         match prometheus_text::encode(&mut text, &self.registry) {
             Ok(()) => response(StatusCode::OK, prometheus_text::CONTENT_TYPE, text),
@@ -200,7 +198,10 @@ impl Admin {
     /// Counts the outbox whenever somebody asked.
     async fn count(self: Arc<Self>) {
         loop {
-            self.asked.notified().await;
+            // What nobody has asked for in a while is not shown as if it were new.
+            while timeout(OLD, self.asked.notified()).await.is_err() {
+                self.metrics.counted(None);
+            }
             let began = Instant::now();
             let status = match timeout(STATUS_TIMEOUT, self.store.status()).await {
                 Ok(status) => status.map_err(|error| error.to_string()),
@@ -210,6 +211,7 @@ impl Admin {
             if status.is_err() {
                 pause = pause.min(PAUSE_AFTER_FAILURE);
             }
+            self.metrics.counted(status.as_ref().ok());
             self.counted.send_replace(Some(Counted { at: Instant::now(), status }));
             sleep(pause).await;
         }

@@ -151,14 +151,18 @@ async fn a_worker_whose_claims_are_refused_is_not_ready_until_they_are_answered(
     let worker = bed.worker("w", &[]);
     let address = address(&worker).await;
     until(address, "/readyz", |code, _| code == 200).await;
+    until(address, "/metrics", |_, text| text.contains("leasehold_outbox")).await;
+    // What claims, looks and counts all need.
     let rename = |from: &str, to: &str| format!("alter function leasehold.{from}() rename to {to}");
-    bed.pool.execute(sqlx::AssertSqlSafe(rename("incarnation", "gone"))).await.expect("an owner's right");
+    bed.pool.execute(sqlx::AssertSqlSafe(rename("early_now", "gone"))).await.expect("an owner's right");
     until(address, "/readyz", |code, body| code == 503 && body.contains("refused: the log says why")).await;
     until(address, "/metrics", |_, text| {
-        text.contains("\nleasehold_claims_answered 0\n") && text.contains("\nleasehold_store_failing 0\n")
+        text.contains("\nleasehold_claims_answered 0\n")
+            && text.contains("\nleasehold_store_failing 0\n")
+            && !text.contains("leasehold_outbox")
     })
     .await;
-    bed.pool.execute(sqlx::AssertSqlSafe(rename("gone", "incarnation"))).await.expect("an owner's right");
+    bed.pool.execute(sqlx::AssertSqlSafe(rename("gone", "early_now"))).await.expect("an owner's right");
     until(address, "/readyz", |code, _| code == 200).await;
 }
 
