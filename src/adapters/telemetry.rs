@@ -55,11 +55,11 @@ impl Telemetry {
     }
 
     /// Keeps the count of failures; if this is one, how many of its kind there have been, and whether to say it aloud.
-    fn count(&mut self, observation: &Observation, now: Instant) -> (u64, bool) {
+    fn count(&mut self, observation: &Observation, now: impl FnOnce() -> Instant) -> (u64, bool) {
         match observation {
             Observation::StoreCallFailed { call, fault, .. } => {
                 let refused = matches!(fault, StoreFault::Permanent { .. });
-                return self.failures.entry((*call, refused)).or_default().another(now);
+                return self.failures.entry((*call, refused)).or_default().another(now());
             }
             Observation::StoreRecovered { .. } => self.failures.clear(),
             // Claims bring something, so that the next refusal is news.
@@ -93,9 +93,10 @@ fn ids(keys: &[LeaseKey], events: &Events) -> String {
 
 impl Observer for Telemetry {
     fn observe(&mut self, observation: &Observation, events: &Events) {
-        let (failures, aloud) = self.count(observation, Instant::now());
+        let (failures, aloud) = self.count(observation, Instant::now);
         let worker = self.worker.as_str();
-        let id = |key: &LeaseKey| events.id(*key).unwrap_or("?").to_owned();
+        // In a line's own fields, which are worked out only where its level is on.
+        let id = |key: LeaseKey| events.id(key).unwrap_or("?");
         match observation {
             Observation::Cycle(cycle) => info!(
                 worker,
@@ -134,20 +135,20 @@ impl Observer for Telemetry {
                 info!(worker, after_ms = after.as_millis() as u64, "the store answers again");
             }
             Observation::HeartbeatEnded { key, why } => {
-                let (event, lease, why_word) = (id(key), key.to_string(), end_word(*why));
+                macro_rules! ended {
+                    ($level:ident) => {
+                        $level!(worker, event = id(*key), lease = %key, why = end_word(*why), "heartbeat ended")
+                    };
+                }
                 match why {
-                    HeartbeatEnd::Settled => debug!(worker, event, lease, why = why_word, "heartbeat ended"),
-                    HeartbeatEnd::Drained => info!(worker, event, lease, why = why_word, "heartbeat ended"),
-                    HeartbeatEnd::Lost | HeartbeatEnd::Fenced => {
-                        warn!(worker, event, lease, why = why_word, "heartbeat ended");
-                    }
-                    HeartbeatEnd::Abandoned => {
-                        error!(worker, event, lease, why = why_word, "heartbeat ended");
-                    }
+                    HeartbeatEnd::Settled => ended!(debug),
+                    HeartbeatEnd::Drained => ended!(info),
+                    HeartbeatEnd::Lost | HeartbeatEnd::Fenced => ended!(warn),
+                    HeartbeatEnd::Abandoned => ended!(error),
                 }
             }
             Observation::Fenced { key, open } => {
-                warn!(worker, event = id(key), lease = %key, open, "lease fenced: it could not be renewed in time");
+                warn!(worker, event = id(*key), lease = %key, open, "lease fenced: it could not be renewed in time");
             }
             Observation::ClockRanAhead { by } => {
                 warn!(
@@ -157,21 +158,21 @@ impl Observer for Telemetry {
                 );
             }
             Observation::Settled { key, kind, status, repeated } => {
-                let (event, lease) = (id(key), key.to_string());
-                debug!(worker, event, lease, outcome = settle_word(*kind), status, repeated, "settled");
+                let outcome = settle_word(*kind);
+                debug!(worker, event = id(*key), lease = %key, outcome, status, repeated, "settled");
             }
             Observation::SettleRefused { key, kind: SettleKind::Delivered } => warn!(
                 worker,
-                event = id(key),
+                event = id(*key),
                 lease = %key,
                 "a success could not be settled since the lease is lost: the event goes out again"
             ),
             Observation::SettleRefused { key, kind } => {
-                warn!(worker, event = id(key), lease = %key, outcome = settle_word(*kind), "settle refused: the lease is lost");
+                warn!(worker, event = id(*key), lease = %key, outcome = settle_word(*kind), "settle refused: the lease is lost");
             }
             Observation::SettleAbandoned { key, error } => error!(
                 worker,
-                event = id(key),
+                event = id(*key),
                 lease = %key,
                 error,
                 "the store refuses this outcome for good: the lease runs out by itself; look at the event's row"
@@ -181,7 +182,7 @@ impl Observer for Telemetry {
             }
             Observation::Probation { key, reclaims } => warn!(
                 worker,
-                event = id(key),
+                event = id(*key),
                 lease = %key,
                 reclaims,
                 "event on probation: its leases keep running out, it may be killing workers"
@@ -261,7 +262,7 @@ mod tests {
             (&unknown, 1),
             (&refused, 1),
         ] {
-            let said = telemetry.count(observation, Instant::now());
+            let said = telemetry.count(observation, Instant::now);
             assert_eq!(said, (count, count == 1), "{observation:?}");
         }
     }
@@ -272,7 +273,7 @@ mod tests {
         let mut telemetry = Telemetry::new(WorkerId::new("w"));
         let start = Instant::now();
         let said = [0, 1, 599, 600, 601, 1_199, 1_200]
-            .map(|after| telemetry.count(&refused, start + Duration::from_secs(after)).1);
+            .map(|after| telemetry.count(&refused, || start + Duration::from_secs(after)).1);
         assert_eq!(said, [true, false, false, true, false, false, true]);
     }
 }
