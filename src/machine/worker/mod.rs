@@ -565,7 +565,11 @@ impl Worker {
                 self.fence_all();
             }
         }
-        self.db = Some(DbReading { sent, received: self.now, db });
+        // Of two answers that passed each other the older one shows a clock that has been stepped since, and the next
+        // would show the step again.
+        if self.db.is_none_or(|last| last.sent <= sent || last.db <= db) {
+            self.db = Some(DbReading { sent, received: self.now, db });
+        }
         // One sent before says nothing of the time since.
         if let Some(since) = self.failing_since.take_if(|since| *since <= sent) {
             self.observe(Observation::StoreRecovered { after: self.now.since(since) });

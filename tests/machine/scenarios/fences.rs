@@ -92,6 +92,23 @@ fn a_database_clock_that_ran_ahead_fences_everything() {
 }
 
 #[test]
+fn an_answer_from_before_a_step_that_comes_late_shows_no_second_one() {
+    let (mut bed, key) = one_open();
+    bed.respond(key, 200);
+    let settle = bed.pending.remove(0);
+    let from_before = bed.apply(settle);
+    bed.db_ahead = 4 * SECOND;
+    bed.add(2, "http://b");
+    bed.run(SECOND);
+    bed.give(from_before);
+    bed.run(SECOND);
+    let told = bed.seen.iter().filter(|seen| matches!(seen, Observation::ClockRanAhead { .. }));
+    assert_eq!(told.count(), 1);
+    assert!(!bed.seen.iter().any(|seen| matches!(seen, Observation::Fenced { .. })), "{:?}", bed.seen);
+    assert_eq!(bed.opened().len(), 1);
+}
+
+#[test]
 fn a_clock_step_within_the_margin_changes_nothing() {
     let margin = settings().timing().fence_margin();
     for (step, kept) in [(margin, true), (margin + Duration::from_micros(1), false)] {
