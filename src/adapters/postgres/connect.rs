@@ -264,6 +264,12 @@ mod tests {
     }
 
     #[test]
+    fn the_shortest_store_timeout_bounds_a_statement() {
+        let shortest = PostgresOptions { store_timeout: Duration::from_millis(1), ..options() };
+        assert_eq!(shortest.statement_timeout().as_millis(), 1);
+    }
+
+    #[test]
     fn calls_that_fail_together_turn_once() {
         let hosts = Hosts::parse("postgres://a,b/shop", &options()).expect("a URL");
         hosts.turn(0);

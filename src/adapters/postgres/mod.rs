@@ -67,9 +67,9 @@ pub struct PostgresOptions {
 
 impl PostgresOptions {
     /// Less than `R`, so that its error still comes: what the server gave up is surely not applied, what brought no
-    /// answer may be (rule P7).
+    /// answer may be (rule P7). In whole milliseconds, of which none would be no bound.
     fn statement_timeout(&self) -> Duration {
-        self.store_timeout * 9 / 10
+        (self.store_timeout * 9 / 10).max(Duration::from_millis(1))
     }
 }
 
