@@ -205,6 +205,13 @@ async fn watch_endless(
     Ok(())
 }
 
+async fn kill(workers: &mut Vec<Child>) -> anyhow::Result<()> {
+    for mut worker in workers.drain(..) {
+        worker.kill().await?;
+    }
+    Ok(())
+}
+
 impl Scenario {
     /// Whether it takes much longer than the others.
     pub(crate) fn is_long(&self) -> bool {
@@ -281,16 +288,19 @@ impl Scenario {
         let seconds = start.elapsed().as_secs_f64();
         let worker_cpu = measure::workers_cpu(&ids) - before.0;
         let postgres_cpu = measure::postgres_cpu(postmaster) - before.1;
-        // The statistics of a session are published a second after it fell idle.
+        let memory_mib = ids.iter().map(|id| measure::memory(*id)).fold(0.0, f64::max);
+        let by_second = matches!(self.work, Work::Idle { .. } | Work::Held { .. } | Work::Endless { .. });
+        if !by_second {
+            // Their looks for more would count as statements of what is done.
+            kill(&mut workers).await?;
+        }
+        // The statistics of a session are published as it ends, or a second after it fell idle.
         sleep(Duration::from_millis(1_500)).await;
         let statements = measure::transactions(&pool).await? - before.2;
-        let memory_mib = ids.iter().map(|id| measure::memory(*id)).fold(0.0, f64::max);
-        for mut worker in workers {
-            worker.kill().await?;
-        }
+        kill(&mut workers).await?;
         pool.close().await;
 
-        if let Work::Idle { .. } | Work::Held { .. } | Work::Endless { .. } = self.work {
+        if by_second {
             // By the second, not by the delivery.
             return Ok(Figures {
                 per_second: 0.0,
