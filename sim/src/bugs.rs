@@ -105,13 +105,14 @@ bugs! {
     FenceReleasesAtOnce, Place::Machine(Planted::FenceReleasesAtOnce), S6, 2000, "a lease is given back before its abort is confirmed";
     ClockAheadIgnored, Place::Machine(Planted::ClockAheadIgnored), S3, 5000, "a database's clock that ran ahead fences nothing";
     AbortSpends, Place::Machine(Planted::AbortSpends), S6, 1000, "a request that a fence broke off counts as a failed try";
-    SettleOnce, Place::Machine(Planted::SettleOnce), S2, 2000, "an outcome whose settle failed is dropped";
+    SettleOnce, Place::Machine(Planted::SettleOnce), S9, 2000, "an outcome whose settle failed is dropped";
     SettlesWhole, Place::Machine(Planted::SettlesWhole), L1, 5000, "a settle that the store can't answer in time is repeated as it was";
     SettleDelayRestarts, Place::Machine(Planted::SettleDelayRestarts), S6, 500, "the delay that is sent is too long by H";
     UnknownClaimForgotten, Place::Machine(Planted::UnknownClaimForgotten), S2, 2000, "after an unknown claim nothing is looked for";
     LateLookAtLease, Place::Machine(Planted::LateLookAtLease), S2, 5000, "after an unknown claim the looks are at once, after R and after L";
     LooksReplaced, Place::Machine(Planted::LooksReplaced), S2, 5000, "the looks for an unknown claim replace those for an earlier one";
     ClaimsUnsure, Place::Machine(Planted::ClaimsUnsure), S9, 5000, "a worker claims before it knows what an unknown claim left";
+    ClaimsUnsettled, Place::Machine(Planted::ClaimsUnsettled), S9, 2000, "a worker claims though it can't settle";
     LateLocksForgotten, Place::Machine(Planted::LateLocksForgotten), S2, 5000, "after an unknown claim there is no look for one that has its locks as late as it is valid";
     LateClaimForgotten, Place::Machine(Planted::LateClaimForgotten), S2, 5000, "after an unknown claim there are two looks, soon";
     ClaimStopsAfterFailure, Place::Machine(Planted::ClaimStopsAfterFailure), L1, 2000, "a failed claim is the last one";

@@ -32,6 +32,7 @@ planted! {
     LateLookAtLease,
     LooksReplaced,
     ClaimsUnsure,
+    ClaimsUnsettled,
     LateLocksForgotten,
     ClaimStopsAfterFailure,
     ClaimsWhole,

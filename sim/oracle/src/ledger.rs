@@ -158,6 +158,8 @@ pub(crate) struct Worker {
     pub(crate) met_store: Option<Micros>,
     /// When it sent its last claim.
     pub(crate) claimed_at: Micros,
+    /// Since when it has had a settle without an answer.
+    pub(crate) unsettled_since: Option<Micros>,
     /// When it sent the last call whose answer told it the time.
     pub(crate) told_at: Option<Micros>,
     /// Since when the database's clock is ahead of its own by more than it may be, of which it has not been told.

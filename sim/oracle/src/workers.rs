@@ -39,6 +39,7 @@ impl Oracle {
             told_ahead: None,
             met_store: None,
             claimed_at: 0,
+            unsettled_since: None,
             quiet_since: 0,
         });
         Ok(())
@@ -187,6 +188,7 @@ impl Oracle {
             let draining = book.drain_began.map(|began| now - began - book.stopped_between(began, now));
             let told = draining.is_none_or(|since| since <= TOLD);
             ensure!(self, L4, told, "worker {worker} claims, though it drains");
+            self.check_settles_first(worker)?;
         }
         let book = &mut self.workers[worker as usize];
         let under_way = &mut book.lanes[lane.number()].under_way;
@@ -197,6 +199,15 @@ impl Oracle {
         if renews == MOST_RENEWED {
             self.stats.saw(Sometimes::FullRenewal);
         }
+        Ok(())
+    }
+
+    /// **S9**, rule P6: who can't settle takes nothing more. A real driver may send a claim that was wanted just before.
+    fn check_settles_first(&mut self, worker: u32) -> Verdict {
+        let book = &self.workers[worker as usize];
+        let since = book.unsettled_since.unwrap_or(self.now);
+        let known_for = self.now - since - book.stopped_between(since, self.now);
+        ensure!(self, S9, known_for <= TOLD, "worker {worker} claims, though its last settle had no answer");
         Ok(())
     }
 
@@ -238,8 +249,10 @@ impl Oracle {
                 lane_book.double_miss = Some(now);
             }
         }
-        if lane == Lane::Claim {
-            holder.met_store.get_or_insert(now);
+        match lane {
+            Lane::Claim => _ = holder.met_store.get_or_insert(now),
+            Lane::Settle => holder.unsettled_since = None,
+            Lane::Owned | Lane::Renew | Lane::RenewAlone => {}
         }
         self.told_the_time(worker, lane, sent);
         Ok(())
@@ -300,8 +313,10 @@ impl Oracle {
             holder.quiet_since = now;
             holder.last_miss = Some(now);
         }
-        if lane == Lane::Claim {
-            self.forget_claim(call);
+        match lane {
+            Lane::Settle => _ = holder.unsettled_since.get_or_insert(now),
+            Lane::Claim => self.forget_claim(call),
+            Lane::Owned | Lane::Renew | Lane::RenewAlone => {}
         }
         Ok(())
     }

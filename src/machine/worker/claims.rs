@@ -243,7 +243,8 @@ impl Worker {
     }
 
     pub(super) fn claim_due_at(&self) -> Moment {
-        if !self.claims.idle() || self.drain.is_some() || self.settles.failing()
+        if !self.claims.idle() || self.drain.is_some()
+            || (self.settles.failing() && !planted!(self, ClaimsUnsettled))
             // Who doesn't know what it owns claims nothing more, nor makes the next look wait.
             || (self.claims.look_failures > 0 && !planted!(self, ClaimsUnsure))
             || self.renewal_overdue()
