@@ -19,7 +19,7 @@ pub(crate) struct Return {
 /// What a worker's own calls tell it of outages.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Outage {
-    /// When the last call was sent that had an answer.
+    /// When the last call was sent of those that had an answer.
     answered: Micros,
     /// Of the calls that had none since: when the first was sent.
     missed: Option<Micros>,
@@ -68,11 +68,11 @@ impl Oracle {
         let outage = &mut self.workers[worker as usize].outage;
         if outage.missed.is_none() && outage.returns == self.returns.len() {
             // Mostly: nothing was missed, and the database has not been away.
-            outage.answered = sent;
+            outage.answered = outage.answered.max(sent);
             return;
         }
         let outage = *outage;
-        let mut after = Outage { answered: sent, ..outage };
+        let mut after = Outage { answered: outage.answered.max(sent), ..outage };
         if outage.missed.is_some_and(|first| first <= sent) {
             after.missed = None;
             let mut begun = outage.unsure.into_iter().chain(outage.over);

@@ -140,6 +140,8 @@ pub(crate) struct Worker {
     pub(crate) clock_steps: Vec<(Micros, u64)>,
     /// By how much its clock was set back, in all.
     pub(crate) set_back: u64,
+    /// The latest that its clock has shown before it was set.
+    pub(crate) shown: i64,
     pub(crate) worst_ppm: u64,
     pub(crate) lanes: [LaneBook; 4],
     /// When a call last went unanswered.

@@ -116,7 +116,11 @@ impl Oracle {
         let terms = *self.terms_of(book.worker);
         // The database's time as carried forward may stem from a statement of some time before the claim.
         let known_since = book.claimed_at.saturating_sub(4 * terms.store_timeout);
-        if holder.clock_stepped_since(book.claimed_at) > 0 || self.db.stepped_since(known_since) > 0 {
+        // Until a clock that was set back is where it was, the worker's time stands still.
+        let stands_still = book.known < holder.shown;
+        let stepped =
+            holder.clock_stepped_since(book.claimed_at) > 0 || self.db.stepped_since(known_since) > 0;
+        if stands_still || stepped {
             self.stats.unchecked[Invariant::S6 as usize] += 1;
             return Ok(());
         }

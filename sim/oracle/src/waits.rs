@@ -1,6 +1,6 @@
 //! How long events wait, until a claim has their lock: **L2** and **L3**. That it commits late is the store's doing.
 
-use crate::fact::{DbMicros, Micros};
+use crate::fact::{DbMicros, Lane, Micros};
 use crate::ledger::Worker;
 use crate::store::{Claim, PROBATION};
 use crate::{Invariant, Oracle, Sometimes, Verdict, ensure};
@@ -46,9 +46,14 @@ impl Oracle {
         let event = &self.events[claim.event as usize];
         let overdue = u64::try_from(self.db.at(self.now) - event.until).unwrap_or(0);
         let ran_out = self.now.saturating_sub(overdue);
+        // Who has missed answers to claims may take one lease at a time, and what is locked has the seat of what is behind.
+        let ahead = self.events.iter().filter(|other| other.due <= event.due);
+        let seat_kept = ahead.map(|other| other.unlocked_at).max().unwrap_or(0);
         let bounds = self.ready().filter(|_| event.reclaims + 1 < PROBATION).map(|(worker, ready)| {
             let terms = &self.terms[usize::from(worker.terms)];
-            (ran_out + terms.reclaim_grace).max(event.unlocked_at).max(ready + terms.lease)
+            let missed = worker.lanes[Lane::Claim.number()].last_miss.is_some();
+            let seat = if missed { seat_kept } else { event.unlocked_at };
+            (ran_out + terms.reclaim_grace).max(seat).max(ready + terms.lease)
                 + terms.search_interval(self.longest_claim)
                 + 4 * terms.store_timeout
         });

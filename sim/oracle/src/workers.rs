@@ -24,6 +24,7 @@ impl Oracle {
             still_since: None,
             clock_steps: Vec::new(),
             set_back: 0,
+            shown: local,
             worst_ppm: u64::from(ppm.unsigned_abs()),
             lanes: [LaneBook::default(); 4],
             last_miss: None,
@@ -67,6 +68,7 @@ impl Oracle {
 
     pub(crate) fn worker_clock(&mut self, worker: u32, local: i64, ppm: i32) -> Verdict {
         let book = &mut self.workers[worker as usize];
+        book.shown = book.shown.max(book.clock.at(self.now));
         let off = local - book.clock.at(self.now);
         if off.unsigned_abs() > 1 {
             book.clock_steps.push((self.now, off.unsigned_abs()));

@@ -565,9 +565,9 @@ impl Worker {
                 self.fence_all();
             }
         }
-        // Of two answers that passed each other the older one shows a clock that has been stepped since, and the next
-        // would show the step again.
-        if self.db.is_none_or(|last| last.sent <= sent || last.db <= db) {
+        // The answer to an earlier call, that one to a later call has passed, may show a clock that has been stepped
+        // since, and the next would show the step again.
+        if self.db.is_none_or(|last| last.sent <= sent) {
             self.db = Some(DbReading { sent, received: self.now, db });
         }
         // One sent before says nothing of the time since.
