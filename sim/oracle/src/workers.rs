@@ -68,8 +68,9 @@ impl Oracle {
 
     pub(crate) fn worker_clock(&mut self, worker: u32, local: i64, ppm: i32) -> Verdict {
         let book = &mut self.workers[worker as usize];
-        book.shown = book.shown.max(book.clock.at(self.now));
-        let off = local - book.clock.at(self.now);
+        let before = book.clock.at(self.now);
+        book.shown = book.shown.max(before);
+        let off = local - before;
         if off.unsigned_abs() > 1 {
             book.clock_steps.push((self.now, off.unsigned_abs()));
             book.set_back += u64::try_from(-off).unwrap_or(0);
@@ -205,7 +206,7 @@ impl Oracle {
     }
 
     /// **S9**, rule P6: who can't settle takes nothing more. A real driver may send a claim that was wanted just before.
-    fn check_settles_first(&mut self, worker: u32) -> Verdict {
+    fn check_settles_first(&self, worker: u32) -> Verdict {
         let book = &self.workers[worker as usize];
         let since = book.unsettled_since.unwrap_or(self.now);
         let known_for = self.now - since - book.stopped_between(since, self.now);
