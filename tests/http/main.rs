@@ -15,6 +15,7 @@ use leasehold::adapters::http::{AllowRule, HttpGateway, HttpSettings, HttpSettin
 use leasehold::machine::{AttemptResult, LeaseKey, RetryAfter, RowId, Token};
 use leasehold::ports::{Attempt, Gateway as _, Message};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::sync::Notify;
 use tokio_rustls::rustls::pki_types::PrivateKeyDer;
 use tokio_rustls::rustls::{ClientConfig, RootCertStore, ServerConfig};
 use tokio_rustls::{TlsAcceptor, rustls};
@@ -383,6 +384,33 @@ async fn a_success_counts_once_the_request_is_written() {
         } else {
             assert!(matches!(result, AttemptResult::Errored { .. }), "{answer} {result:?}");
         }
+    }
+}
+
+/// Nobody sends again what was accepted: that a connection isn't kept takes back none of it.
+#[tokio::test]
+async fn what_was_accepted_arrives_though_the_connection_is_closed() {
+    // Less than the kernels take while nobody reads.
+    let payload = Bytes::from(vec![b'7'; 1 << 20]);
+    for head in ["HTTP/1.1 200 OK\r\nconnection: close", "HTTP/1.0 200 OK"] {
+        let closed = Arc::new(Notify::new());
+        let reads = Arc::clone(&closed);
+        let server = Server::with(move |mut stream, log| {
+            let reads = Arc::clone(&reads);
+            async move {
+                stream.peek(&mut [0]).await.unwrap();
+                stream.write_all(format!("{head}\r\ncontent-length: 0\r\n\r\n").as_bytes()).await.unwrap();
+                reads.notified().await;
+                log.push(read_request(&mut stream).await.unwrap());
+            }
+        })
+        .await;
+        let attempt = attempt(server.url("/"));
+        let message = with_payload(server.url("/"), payload.clone());
+        let result = gateway(local()).send_alone(Attempt { message, ..attempt }).await;
+        closed.notify_one();
+        server.ended().await;
+        assert_eq!((result, server.request().body.len()), (responded(200), payload.len()), "{head}");
     }
 }
 

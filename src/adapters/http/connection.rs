@@ -153,9 +153,35 @@ pub(super) struct Connection(Box<Parts>);
 
 struct Parts {
     sender: http1::SendRequest<Payload>,
-    /// Gone once it has ended: a request that is still in its queue would have no answer for as long as it is there.
-    driver: Option<http1::Connection<TokioIo<Box<dyn Stream>>, Payload>>,
+    driver: Driver,
     progress: Arc<Progress>,
+}
+
+/// What lets a connection read and write.
+#[allow(clippy::large_enum_variant, reason = "one a connection, within its box")]
+enum Driver {
+    Running(http1::Connection<TokioIo<Box<dyn Stream>>, Payload>),
+    /// hyper's part is gone, or a request still in its queue would never have an answer. The socket stays until the
+    /// answer was seen, which decides how it is closed.
+    Ended {
+        _socket: Option<TokioIo<Box<dyn Stream>>>,
+    },
+}
+
+impl Driver {
+    /// Its errors reach whoever waits for a response or a body.
+    fn drive(&mut self, cx: &mut Context<'_>) {
+        let Self::Running(connection) = self else { return };
+        if Pin::new(connection).poll(cx).is_ready()
+            && let Self::Running(ended) = std::mem::replace(self, Self::Ended { _socket: None })
+        {
+            *self = Self::Ended { _socket: Some(ended.into_parts().io) };
+        }
+    }
+
+    fn has_ended(&self) -> bool {
+        matches!(self, Self::Ended { .. })
+    }
 }
 
 impl Connection {
@@ -170,19 +196,18 @@ impl Connection {
             .ignore_invalid_headers_in_responses(true)
             .handshake(TokioIo::new(stream))
             .await?;
-        Ok(Self(Box::new(Parts { sender, driver: Some(driver), progress })))
+        Ok(Self(Box::new(Parts { sender, driver: Driver::Running(driver), progress })))
     }
 
     /// Sends a request and waits for the response's head.
     pub(super) async fn send(&mut self, request: Outgoing) -> Result<Response<Incoming>, Unanswered> {
-        let Parts { sender, driver, progress, .. } = &mut *self.0;
+        let Parts { sender, driver, progress } = &mut *self.0;
         let request = request.map(|body| Payload { body, progress: Arc::clone(progress) });
         progress.taken.store(request.body().is_end_stream(), Ordering::Relaxed);
         progress.written.store(false, Ordering::Relaxed);
         let mut response = pin!(sender.try_send_request(request));
         let response = poll_fn(|cx| {
-            // Not `Parts::drive`, since `response` borrows the sender.
-            drive(driver, cx);
+            driver.drive(cx);
             response.as_mut().poll(cx)
         });
         response.await.map_err(|mut unsent| {
@@ -192,14 +217,17 @@ impl Connection {
     }
 
     /// Writes what is left of the request. Answers whether there is nothing more: a response may come, and the connection
-    /// end, before the other side has read what it answers.
+    /// end, before the other side has read what it answers. From then on the socket is closed in order: the kernel may
+    /// still have some of what was accepted, and a reset would take that back.
     pub(super) async fn finish(&mut self) -> bool {
-        poll_fn(|cx| {
-            self.0.drive(cx);
+        let written = poll_fn(|cx| {
+            self.0.driver.drive(cx);
             let written = self.0.progress.written.load(Ordering::Relaxed);
-            if written || self.0.driver.is_none() { Poll::Ready(written) } else { Poll::Pending }
-        })
-        .await
+            if written || self.0.driver.has_ended() { Poll::Ready(written) } else { Poll::Pending }
+        });
+        let written = written.await;
+        self.0.progress.open.store(!written, Ordering::Relaxed);
+        written
     }
 
     /// Reads a body to its end, up to `cap` bytes and for at most a second. Gives the connection back if it can take
@@ -209,7 +237,7 @@ impl Connection {
             let mut left = cap;
             loop {
                 let frame = poll_fn(|cx| {
-                    self.0.drive(cx);
+                    self.0.driver.drive(cx);
                     Pin::new(&mut body).poll_frame(cx)
                 });
                 match frame.await {
@@ -229,25 +257,12 @@ impl Connection {
     /// Whether the next request can be written right now. Sees it if the other side has closed the connection.
     async fn is_ready(&mut self) -> bool {
         poll_fn(|cx| {
-            self.0.drive(cx);
+            self.0.driver.drive(cx);
             Poll::Ready(
-                self.0.driver.is_some() && matches!(self.0.sender.poll_ready(cx), Poll::Ready(Ok(()))),
+                !self.0.driver.has_ended() && matches!(self.0.sender.poll_ready(cx), Poll::Ready(Ok(()))),
             )
         })
         .await
-    }
-}
-
-impl Parts {
-    /// Lets the connection read and write. Its errors reach whoever waits for a response or a body.
-    fn drive(&mut self, cx: &mut Context<'_>) {
-        drive(&mut self.driver, cx);
-    }
-}
-
-fn drive(driver: &mut Option<http1::Connection<TokioIo<Box<dyn Stream>>, Payload>>, cx: &mut Context<'_>) {
-    if driver.as_mut().is_some_and(|driver| Pin::new(driver).poll(cx).is_ready()) {
-        *driver = None;
     }
 }
 
