@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use tokio::sync::oneshot;
 use tokio::task::{JoinError, JoinSet};
-use tokio::time::{sleep, timeout};
+use tokio::time::timeout;
 
 use crate::machine::{
     Action, AttemptResult, Ended, Input, LeaseKey, Moment, Observation, RequestId, StoreFault, Worker,
@@ -173,7 +173,7 @@ impl<O: Outbox, G: Gateway, C: Clock, W: Observer> Running<O, G, C, W> {
                     hint = self.next_hint();
                     Input::Hint
                 }
-                () = sleep(nap) => Input::Wake,
+                () = self.driver.clock.sleep(nap) => Input::Wake,
             };
         }
     }
@@ -229,8 +229,9 @@ impl<O: Outbox, G: Gateway, C: Clock, W: Observer> Running<O, G, C, W> {
                 self.send(key, number, timestamp, start_before);
             }
             Action::Abort { key } => {
-                // Its task may have ended already; then its outcome is on the way.
+                // Its task may have ended already; then its outcome is on the way. Or it may not have begun.
                 if let Some(request) = self.requests.remove(&key) {
+                    request.start_before.store(0, Ordering::Relaxed);
                     let _ = request.abort.send(());
                 }
             }

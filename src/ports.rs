@@ -5,6 +5,7 @@
 
 use std::future::Future;
 use std::sync::{Arc, OnceLock};
+use std::time::Duration;
 
 use bytes::Bytes;
 
@@ -94,4 +95,9 @@ pub trait Gateway: Send + Sync + 'static {
 pub trait Clock: Send + Sync + 'static {
     /// The current moment; counts on while the machine sleeps.
     fn now(&self) -> Moment;
+
+    /// Returns once that time is over. Tokio's timer, the default, counts in milliseconds and rounds up.
+    fn sleep(&self, nap: Duration) -> impl Future<Output = ()> + Send {
+        tokio::time::sleep(nap)
+    }
 }

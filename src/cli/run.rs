@@ -109,7 +109,7 @@ async fn drive<O: Outbox>(
     shutdown: impl Future<Output = ()>,
 ) -> anyhow::Result<Ended> {
     let observer = (Telemetry::new(id.clone()), metrics);
-    let driver = Driver { outbox, gateway, clock: Arc::new(BootClock), observer };
+    let driver = Driver { outbox, gateway, clock: Arc::new(BootClock::new()?), observer };
     Ok(driver.run(id, settings.worker, shutdown).await?)
 }
 

@@ -484,7 +484,10 @@ impl Worker {
         // After a full claim the next one waits until it is worth it. Who wasn't said to sleep yet is woken by nobody.
         let awake = self.now < self.claims.awake_until || !under_way.asleep;
         if awake && !self.claims.backlog {
-            self.claims.at = self.claims.at.min(self.now.after(self.settings.eager_poll));
+            // A poll that finds nothing costs little; claims that each take what came since the last one may fill half of
+            // the time.
+            let took = if found > 0 { self.now.since(under_way.sent) } else { Duration::ZERO };
+            self.claims.at = self.claims.at.min(self.now.after(self.settings.eager_poll.max(took)));
         }
         if let Some(due) = reply.next_due_in {
             // One that found nothing where more may be due was cut off on its way there.

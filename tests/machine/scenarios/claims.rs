@@ -100,6 +100,21 @@ fn who_pauses_for_a_poll_interval_has_said_that_it_sleeps() {
 }
 
 #[test]
+fn a_claim_that_found_something_is_followed_after_as_long_as_it_took() {
+    let mut bed = Bed::new(settings());
+    bed.run(10 * MS);
+    bed.add(1, "http://a");
+    for (claim, pause) in [("of an event", 3 * MS), ("of nothing", settings().eager_poll)] {
+        bed.now = bed.worker.next_wakeup().expect("it polls");
+        bed.wake();
+        bed.pass(3 * MS);
+        bed.answer_all();
+        let next = bed.worker.next_wakeup().expect("it polls");
+        assert_eq!(next.since(bed.now), pause, "after a claim {claim}");
+    }
+}
+
+#[test]
 fn a_worker_polls_eagerly_for_a_second_and_then_says_that_it_sleeps() {
     let (mut bed, key) = one_open();
     bed.respond(key, 204);
