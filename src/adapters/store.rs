@@ -63,6 +63,9 @@ pub enum Retain {
 /// The most attempts that the table lets an event have (constraint `max_attempts_in_bounds`).
 pub const MOST_ATTEMPTS: u32 = 1_000_000_000;
 
+/// The longest `destination_url` that is sent to, in bytes. No constraint says so: the table takes what a producer gives.
+pub const LONGEST_URL: usize = 64 * 1024;
+
 /// How long a delivered event stays in the table at least: a settle whose answer was lost is repeated, and is to find
 /// the row that says so.
 pub const SETTLED_FOR: Duration = Duration::from_secs(60);
@@ -141,6 +144,11 @@ pub(crate) fn malformed(key: LeaseKey, event_id: String, error: String) -> (Gran
         payload: Bytes::new(),
     };
     (grant, message)
+}
+
+/// Of an event whose `destination_url` a claim leaves out.
+pub(crate) fn url_too_long() -> String {
+    format!("destination_url is longer than {LONGEST_URL} bytes")
 }
 
 /// Why a store could not be opened or read by a command.

@@ -11,7 +11,7 @@ use time::format_description::well_known::Rfc3339;
 
 use super::EnqueueArgs;
 use crate::adapters::http::Destination;
-use crate::adapters::store::MOST_ATTEMPTS;
+use crate::adapters::store::{LONGEST_URL, MOST_ATTEMPTS};
 use crate::machine::DbTime;
 
 /// What a line may be longer than its payload: ids, a URL, keys.
@@ -83,6 +83,10 @@ impl Raw<'_> {
             check_id("event_id", id)?;
         }
         check_id("event_type", &self.event_type)?;
+        let url = self.destination_url.len();
+        if url > LONGEST_URL {
+            return Err(format!("destination_url has {url} bytes; allowed is {LONGEST_URL}"));
+        }
         self.destination_url.parse::<Destination>().map_err(|error| error.to_string())?;
         if self.destination_url.contains('\0') {
             return Err(r"destination_url has \u0000 in it, which the database can't keep".to_owned());
@@ -300,6 +304,10 @@ mod tests {
             (line(r#""payload": "\u0000""#), "u0000"),
             (line(r#""payload": "\ud800""#), "ud800"),
             (good.replace("example.com/", r"example.com/\u0000"), "destination_url has"),
+            (
+                good.replace(".com/", &format!(".com/#{}", "x".repeat(65_516))),
+                "65537 bytes; allowed is 65536",
+            ),
             (line(&format!(r#""payload": 1, "event_id": "{}""#, "é".repeat(256))), "éééé\"; allowed"),
             (line(&format!(r#""payload": "{}""#, "x".repeat(1_000))), "1002 bytes"),
             (good.replace("https://", "ftp://"), "scheme ftp"),

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use leasehold::adapters::store::{NewEvent, StoreError};
+use leasehold::adapters::store::{LONGEST_URL, NewEvent, StoreError};
 use leasehold::machine::{
     Answer, ClaimFailure, ClaimRequest, DestinationKey, Grant, Incarnation, LeaseKey, RenewRequest,
     Row as Model, RowId, Settle, SettleRequest, Status, StoreFault, Token, Unsendable, WorkerId,
@@ -52,6 +52,7 @@ on_both! {
     the_reclaim_limit_fails_in_the_claim
     limits_at_their_ends
     an_oversized_payload_is_granted_but_not_sent
+    a_url_that_is_too_long_harms_no_other_event
     a_claim_stops_at_eight_mebibytes
     one_row_is_granted_however_the_bytes_stand
     the_payload_is_what_the_store_prints
@@ -562,6 +563,24 @@ async fn an_oversized_payload_is_granted_but_not_sent<B: Bed>(bed: &B) {
             assert!(message.payload.is_empty());
         }
     }
+}
+
+async fn a_url_that_is_too_long_harms_no_other_event<B: Bed>(bed: &B) {
+    let url = |bytes: usize| format!("{A}?{}", "x".repeat(bytes - A.len() - 1));
+    let (fits, over) = (url(LONGEST_URL), url(LONGEST_URL + 1));
+    // In bytes, not in characters.
+    let letters = format!("{A}?{}", "é".repeat(LONGEST_URL / 2));
+    for url in [&fits, &over, &letters] {
+        bed.insert(url, "{}", &Model::new(20, bed.now())).await;
+    }
+    let claimed = bed.claim(bed.request("w")).await;
+    let error = format!("destination_url is longer than {LONGEST_URL} bytes");
+    let malformed = Some(Unsendable::Malformed { error });
+    let found: Vec<_> = claimed.reply.grants.into_iter().map(|grant| grant.unsendable).collect();
+    assert_eq!(found, [None, malformed.clone(), malformed]);
+    let urls: Vec<_> = claimed.messages.iter().map(|message| message.destination_url.as_str()).collect();
+    assert_eq!(urls, [fits.as_str(), "", ""]);
+    assert!(claimed.messages.iter().all(|message| !message.event_id.is_empty()));
 }
 
 async fn a_claim_stops_at_eight_mebibytes<B: Bed>(bed: &B) {

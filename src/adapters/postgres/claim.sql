@@ -4,7 +4,7 @@
 -- $15 and $16 errors of what it fails, $17 and $18 the due time in microseconds and the id ahead of which fresh events
 -- are passed over, $19 the token below which leases are, $20 the time in microseconds after which it is too late to
 -- begin, or to have its locks: this takes nothing then (rule P7). $21 the destination behind which the walk over those
--- beyond the front goes on, $22 the one at which its lap ends, $23 how many it comes to at most.
+-- beyond the front goes on, $22 the one at which its lap ends, $23 how many it comes to at most. $24 longest URL.
 --
 -- Mostly there is nothing to be claimed but the front of the queue. The statement for that is this one without what stands
 -- between `--[` and `--]`, and with what stands behind `--|` in its place: should there be more, it takes nothing and says
@@ -301,8 +301,11 @@ claimed as (
     where event.ctid = granted.version
     -- In seconds, to be sorted by: as exact as its microseconds.
     returning event.id, event.lease_token, event.reclaims, spent, reclaimed,
-        date_part('epoch', event.next_attempt_at) as due, event.event_id, event.event_type, event.destination_url, event.destination_key, event.attempts,
-        event.max_attempts, bytes, case when spent is null and bytes <= $13 then event.payload::text end as body
+        date_part('epoch', event.next_attempt_at) as due, event.event_id, event.event_type,
+        -- Nothing else that is returned can be long: the table sees to it.
+        case when octet_length(event.destination_url) <= $24 then event.destination_url end as destination_url,
+        event.destination_key, event.attempts, event.max_attempts, bytes,
+        case when spent is null and bytes <= $13 then event.payload::text end as body
 ),
 -- The front of the queue as this claim leaves it, locked or not: where the next one may start.
 front as materialized (

@@ -25,7 +25,7 @@ pub use self::connect::PLANS;
 use self::connect::{BEGIN, Hosts, Lane};
 use self::error::{after_send, not_connected, text};
 use self::replies::{beyond_front, read_answers, read_claim, read_owned, read_walk};
-use super::store::{CLAIM_BYTES, StoreError, WALK, Walk, clean};
+use super::store::{CLAIM_BYTES, LONGEST_URL, StoreError, WALK, Walk, clean};
 use crate::machine::{
     ClaimFailure, ClaimReply, ClaimRequest, LeaseKey, OwnedReply, OwnedRequest, RenewReply, RenewRequest,
     Settle, SettleReply, SettleRequest, StoreFault, WorkerId,
@@ -226,6 +226,7 @@ impl Postgres {
             .bind(walk.last.clone())
             .bind(walk.end.clone())
             .bind(count(WALK))
+            .bind(i32::try_from(LONGEST_URL).unwrap_or(i32::MAX))
     }
 
     async fn any_pending(&self) -> Result<bool, StoreFault> {

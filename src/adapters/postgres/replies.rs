@@ -9,7 +9,7 @@ use sqlx::Row as _;
 use sqlx::postgres::PgRow;
 
 use super::error::text;
-use crate::adapters::store::malformed;
+use crate::adapters::store::{malformed, url_too_long};
 use crate::machine::{
     Answer, ClaimFailure, ClaimReply, DbTime, DestinationKey, Grant, Incarnation, LeaseKey, OwnedReply,
     Place, RowId, Token, Unsendable,
@@ -121,6 +121,10 @@ pub(super) fn read_claim(rows: &[PgRow]) -> Result<Claimed, sqlx::Error> {
 
 /// Reads one event; what doesn't decode makes this event unsendable and harms no other (rule P6).
 fn read_event(row: &PgRow, key: LeaseKey) -> (Grant, Message) {
+    let event_id = || row.try_get("event_id").unwrap_or_default();
+    if let Ok(None) = row.try_get::<Option<&str>, _>("destination_url") {
+        return malformed(key, event_id(), url_too_long());
+    }
     let read = || -> Result<(Grant, Message), sqlx::Error> {
         let number =
             |name: &str| row.try_get::<i32, _>(name).map(|number| u32::try_from(number).unwrap_or(0));
@@ -143,5 +147,5 @@ fn read_event(row: &PgRow, key: LeaseKey) -> (Grant, Message) {
         };
         Ok((grant, message))
     };
-    read().unwrap_or_else(|error| malformed(key, row.try_get("event_id").unwrap_or_default(), text(&error)))
+    read().unwrap_or_else(|error| malformed(key, event_id(), text(&error)))
 }

@@ -9,7 +9,7 @@ use sqlx::sqlite::SqliteRow;
 use sqlx::{Row as _, SqliteConnection};
 
 use super::{INCARNATION, Sqlite, micros, text};
-use crate::adapters::store::{CLAIM_BYTES, WALK, Walk, malformed};
+use crate::adapters::store::{CLAIM_BYTES, LONGEST_URL, WALK, Walk, malformed, url_too_long};
 use crate::machine::{
     ClaimFailure, ClaimReply, ClaimRequest, DbTime, DestinationKey, Grant, Incarnation, LeaseKey, Row, RowId,
     Token, Unsendable,
@@ -229,10 +229,13 @@ pub(super) async fn claim(store: &Sqlite, request: &ClaimRequest) -> Result<Clai
     reply.next_due_in = more.then_some(Duration::ZERO);
     for id in picked {
         let row = sqlx::query(
-            "select *, length(cast(payload as blob)) as bytes, lease_owner is not null as reclaimed
-             from outbox_events where id = ?",
+            "select id, event_id, event_type, destination_key, attempts, max_attempts, reclaims, lease_token, payload,
+                 iif(octet_length(destination_url) <= ?2, destination_url, null) as destination_url,
+                 length(cast(payload as blob)) as bytes, lease_owner is not null as reclaimed
+             from outbox_events where id = ?1",
         )
         .bind(id)
+        .bind(i64::try_from(LONGEST_URL).unwrap_or(i64::MAX))
         .fetch_one(&mut *connection)
         .await?;
         let size = u64::try_from(row.try_get::<i64, _>("bytes")?).unwrap_or(0);
@@ -322,6 +325,10 @@ async fn take(
 
 /// Reads one event; what doesn't decode makes this event unsendable and harms no other (rule P6).
 fn read_event(row: &SqliteRow, key: LeaseKey, sendable: bool, bytes: u64) -> (Grant, Message) {
+    let event_id = || row.try_get("event_id").unwrap_or_default();
+    if let Ok(None) = row.try_get::<Option<&str>, _>("destination_url") {
+        return malformed(key, event_id(), url_too_long());
+    }
     let read = || -> Result<(Grant, Message), sqlx::Error> {
         let number =
             |name: &str| row.try_get::<i64, _>(name).map(|number| u32::try_from(number).unwrap_or(0));
@@ -344,5 +351,5 @@ fn read_event(row: &SqliteRow, key: LeaseKey, sendable: bool, bytes: u64) -> (Gr
         };
         Ok((grant, message))
     };
-    read().unwrap_or_else(|error| malformed(key, row.try_get("event_id").unwrap_or_default(), text(&error)))
+    read().unwrap_or_else(|error| malformed(key, event_id(), text(&error)))
 }
