@@ -172,6 +172,88 @@ fn the_archive_has_the_same_contents_by_day() {
     });
 }
 
+/// Rows that a trigger doesn't let go with the SQLSTATE in `last_error`.
+async fn hold_back(bed: &Pg) {
+    bed.run(
+        "create function leasehold.hold_back() returns trigger language plpgsql as $$ begin
+             if old.last_error is not null then
+                 raise exception 'on legal hold' using errcode = old.last_error;
+             end if;
+             return old;
+         end $$;
+         create trigger hold_back before delete on leasehold.outbox_events
+             for each row execute function leasehold.hold_back()",
+    )
+    .await
+    .unwrap();
+}
+
+#[test]
+fn what_is_held_back_for_a_reason_of_its_own_keeps_no_other() {
+    on_postgres(async |bed| {
+        hold_back(bed).await;
+        for retain in [Retain::Archive(DAY), Retain::Delete(SETTLED_FOR)] {
+            for code in ["LH001", "42501"] {
+                let free = delivered_at(before(bed.now(), HOUR));
+                let held = Model { last_error: Some(code.to_owned()), ..free.clone() };
+                let held = bed.insert(A, "{}", &held).await;
+                for _ in 0..2 {
+                    bed.insert(A, "{}", &free).await;
+                }
+                let kept = Some(format!("1 events; of row {held}: {code} on legal hold"));
+                // The walk goes on behind it.
+                let alone = bed.retire(retain, Page { after: 0, rows: 1 }).await.unwrap();
+                assert_eq!(alone, Retired { events: 0, kept: kept.clone(), next: held }, "{retain:?}");
+                let all = bed.retire(retain, WHOLE).await.unwrap();
+                assert_eq!(all, Retired { events: 2, kept, next: 0 }, "{retain:?}");
+                bed.run("update leasehold.outbox_events set last_error = null").await.unwrap();
+                assert_eq!(bed.retire(retain, WHOLE).await.unwrap().events, 1);
+            }
+        }
+    });
+}
+
+/// What may end at once is tried again, and not taken for the fault of each event.
+#[test]
+fn what_is_not_for_the_event_ends_the_page() {
+    on_postgres(async |bed| {
+        hold_back(bed).await;
+        let free = delivered_at(before(bed.now(), HOUR));
+        for code in ["08006", "25006", "40001", "53100", "55P03", "57014", "58030", "XX000"] {
+            bed.insert(A, "{}", &free).await;
+            bed.insert(A, "{}", &Model { last_error: Some(code.to_owned()), ..free.clone() }).await;
+            let error = bed.retire(Retain::Delete(SETTLED_FOR), WHOLE).await.unwrap_err().to_string();
+            assert!(error.contains(code), "{error}");
+            assert_eq!(bed.rows().await.len(), 2, "nothing of the page is done");
+            // Once the server has rolled back.
+            let again = "select pg_advisory_xact_lock(7311846112204518258); truncate leasehold.outbox_events";
+            bed.run(again).await.unwrap();
+        }
+    });
+}
+
+/// And not once for each event.
+#[test]
+fn a_right_that_is_missing_altogether_is_said() {
+    on_postgres(async |bed| {
+        let user = format!("user_of_{}", bed.database);
+        bed.run(&format!(
+            "create role {user} login; grant usage on schema leasehold to {user};
+             grant select, update on leasehold.outbox_events to {user}; grant select on leasehold.test_clock to {user}"
+        ))
+        .await
+        .unwrap();
+        let mut url = url::Url::parse(&bed.url).unwrap();
+        url.query_pairs_mut().append_pair("options", &format!("-c role={user}"));
+        let store = Postgres::new(url.as_str(), options()).unwrap();
+        bed.insert(A, "{}", &delivered_at(before(bed.now(), HOUR))).await;
+        let retired = store.retire(Retain::Delete(SETTLED_FOR), WHOLE).await;
+        bed.run(&format!("drop owned by {user}; drop role {user}")).await.unwrap();
+        let error = retired.unwrap_err().to_string();
+        assert!(error.contains("42501 permission denied for table outbox_events"), "{error}");
+    });
+}
+
 #[test]
 fn a_day_is_dropped_when_all_of_it_is_old_enough() {
     on_postgres(async |bed| {

@@ -64,6 +64,17 @@ pub(super) fn is_of_an_event(error: &sqlx::Error) -> bool {
     code.is_some_and(|code| matches!(code.get(..2), Some("22" | "23" | "54" | "P0")))
 }
 
+/// Whether the database refuses to let a row go for what it is: a trigger may say so in whatever code it likes. Not where
+/// the next try may end otherwise, or where nothing more can be done on this connection: it is gone, or its transaction
+/// is, or may not write; a rollback; too few resources; what is locked or in use; what is cancelled, or a server that goes
+/// down; I/O and internal errors.
+pub(super) fn is_of_a_row(error: &sqlx::Error) -> bool {
+    let code = error.as_database_error().and_then(sqlx::error::DatabaseError::code);
+    code.is_some_and(|code| {
+        !matches!(code.get(..2), Some("08" | "25" | "40" | "53" | "55" | "57" | "58" | "XX"))
+    })
+}
+
 /// What a command says of an error, with what to do about a schema that is missing.
 pub(super) fn database(doing: &'static str, error: &sqlx::Error) -> StoreError {
     match error {

@@ -5,7 +5,7 @@ use std::time::Duration;
 use sqlx::{AssertSqlSafe, Connection as _, PgConnection, Row as _};
 
 use super::connect::{BEGIN, Borrowed};
-use super::error::{database, is_of_an_event, text};
+use super::error::{database, is_of_a_row, text};
 use super::{Postgres, micros};
 use crate::adapters::store::{Page, Retain, Retired, SETTLED_FOR, StoreError};
 
@@ -149,13 +149,15 @@ async fn let_go(
     ids: &[i64],
 ) -> Result<(u64, Option<String>), sqlx::Error> {
     match try_to(connection, retire, ids).await {
-        Err(error) if is_of_an_event(&error) => {}
+        Err(error) if is_of_a_row(&error) => {}
         gone => return Ok((gone?, None)),
     }
+    // What is refused of no event at all, as for a right that is missing, is not for one of them.
+    try_to(connection, retire, &[]).await?;
     let (mut events, mut kept, mut why) = (0, 0, None);
     for id in ids {
         match try_to(connection, retire, std::slice::from_ref(id)).await {
-            Err(error) if is_of_an_event(&error) => {
+            Err(error) if is_of_a_row(&error) => {
                 kept += 1;
                 why.get_or_insert_with(|| format!("of row {id}: {}", text(&error)));
             }
