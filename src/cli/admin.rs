@@ -50,7 +50,7 @@ const COUNT_SHARE: u32 = 10;
 /// The pause after a count: at least this,
 const LEAST_PAUSE: Duration = Duration::from_secs(1);
 
-/// and after one that failed at most.
+/// and after one that failed within as much time at most. One that had to be given up would be the same again.
 const PAUSE_AFTER_FAILURE: Duration = Duration::from_secs(10);
 
 const PAGE: &str = include_str!("admin.html");
@@ -203,19 +203,22 @@ impl Admin {
                 self.metrics.counted(None);
             }
             let began = Instant::now();
-            let status = match timeout(STATUS_TIMEOUT, self.store.status()).await {
+            let status = match timeout(STATUS_TIMEOUT, self.store.status(STATUS_TIMEOUT)).await {
                 Ok(status) => status.map_err(|error| error.to_string()),
                 Err(_) => Err(format!("the database gave no status within {STATUS_TIMEOUT:?}")),
             };
-            let mut pause = (began.elapsed() * (COUNT_SHARE - 1)).max(LEAST_PAUSE);
-            if status.is_err() {
-                pause = pause.min(PAUSE_AFTER_FAILURE);
-            }
+            let pause = pause(began.elapsed(), status.is_err());
             self.metrics.counted(status.as_ref().ok());
             self.counted.send_replace(Some(Counted { at: Instant::now(), status }));
             sleep(pause).await;
         }
     }
+}
+
+/// How long nothing is counted after a count that took this long.
+fn pause(took: Duration, failed: bool) -> Duration {
+    let pause = (took * (COUNT_SHARE - 1)).max(LEAST_PAUSE);
+    if failed && took <= PAUSE_AFTER_FAILURE { pause.min(PAUSE_AFTER_FAILURE) } else { pause }
 }
 
 fn plain(code: StatusCode, text: impl Into<Bytes>) -> Response<Full<Bytes>> {
@@ -228,4 +231,26 @@ fn response(code: StatusCode, kind: &'static str, body: impl Into<Bytes>) -> Res
     response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static(kind));
     response.headers_mut().insert(CACHE_CONTROL, HeaderValue::from_static("no-store"));
     response
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn counts_that_take_long_are_seldom_whether_they_fail_or_not() {
+        let seconds = Duration::from_secs;
+        for (took, failed, expected) in [
+            (Duration::ZERO, false, LEAST_PAUSE),
+            (seconds(2), false, seconds(18)),
+            (seconds(300), false, seconds(2_700)),
+            (Duration::ZERO, true, LEAST_PAUSE),
+            // A database that is not to be reached answers again soon.
+            (seconds(5), true, PAUSE_AFTER_FAILURE),
+            // One that had to give up would begin the same anew.
+            (seconds(270), true, seconds(2_430)),
+        ] {
+            assert_eq!(pause(took, failed), expected, "{took:?}, failed: {failed}");
+        }
+    }
 }

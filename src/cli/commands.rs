@@ -19,7 +19,7 @@ use crate::adapters::store::{NewEvent, Status, StoreError};
 const WATCH_EVERY: Duration = Duration::from_secs(1);
 
 /// How long counts of the outbox are waited for: all of it is read.
-pub(super) const STATUS_TIMEOUT: Duration = Duration::from_secs(300);
+pub(crate) const STATUS_TIMEOUT: Duration = Duration::from_secs(300);
 
 /// Nobody reads standard output any more, as with `| head -1`: no mistake, but no reason to go on.
 #[derive(Debug)]
@@ -151,7 +151,7 @@ impl From<EnqueueLine> for NewEvent {
 async fn status(settings: &Settings, json: bool, watch: bool) -> anyhow::Result<ExitCode> {
     let store = open(settings, false).await?;
     loop {
-        let status = timeout(STATUS_TIMEOUT, store.status()).await;
+        let status = timeout(STATUS_TIMEOUT, store.status(STATUS_TIMEOUT)).await;
         let status =
             status.with_context(|| format!("the database gave no status within {STATUS_TIMEOUT:?}"))??;
         if json {

@@ -81,13 +81,13 @@ impl Store {
         }
     }
 
-    /// Counts the events.
+    /// Counts the events. The server gives up a little before `within`.
     ///
     /// # Errors
     /// When the database can't be read or has no schema.
-    pub async fn status(&self) -> Result<Status, StoreError> {
+    pub async fn status(&self, within: Duration) -> Result<Status, StoreError> {
         match self {
-            Self::Postgres(store) => store.status().await,
+            Self::Postgres(store) => store.status(within).await,
             Self::Sqlite(store) => store.status().await,
         }
     }

@@ -24,7 +24,7 @@ use self::verdict::{Takeover, Verdict};
 use self::view::View;
 use crate::adapters::http::{Secret, Signer};
 use crate::adapters::store::NewEvent;
-use crate::cli::commands::print;
+use crate::cli::commands::{STATUS_TIMEOUT, print};
 use crate::cli::settings::DatabaseUrl;
 use crate::cli::store::Store;
 use crate::machine::{LeaseKey, WorkerId};
@@ -109,7 +109,7 @@ async fn play(url: &str, folder: &Path, mut view: View) -> anyhow::Result<Verdic
         workers.push(start_worker(number, url, &secret, folder)?);
     }
     let takeover = watch(&mut view, &mut workers, &store, &record, folder, new.len()).await?;
-    let status = store.status().await?;
+    let status = store.status(STATUS_TIMEOUT).await?;
     let verdict = Verdict::compute(new.len(), &record.state(), status, takeover, LEASE);
     view.finish()?;
     Ok(verdict)
@@ -180,7 +180,7 @@ async fn watch(
     let start = Instant::now();
     let mut orphans: Option<Vec<LeaseKey>> = None;
     loop {
-        let status = store.status().await?;
+        let status = store.status(STATUS_TIMEOUT).await?;
         view.show(start.elapsed(), &record.state(), &status, events)?;
         if status.pending == 0 {
             break;

@@ -353,7 +353,7 @@ impl Bed for Pg {
         self.store.enqueue(events).await
     }
     async fn status(&self) -> Result<Status, StoreError> {
-        self.store.status().await
+        self.store.status(TIMEOUT).await
     }
     async fn retire(&self, retain: Retain, page: Page) -> Result<Retired, StoreError> {
         self.store.retire(retain, page).await

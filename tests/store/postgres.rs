@@ -11,7 +11,7 @@ use leasehold::machine::{
 use leasehold::ports::Outbox;
 use sqlx::{AssertSqlSafe, Connection, PgConnection, Row as _};
 
-use crate::bed::{A, Bed, GRACE, LEASE, Pg, delivered, ids, keys, on_postgres, options, renewal};
+use crate::bed::{A, Bed, GRACE, LEASE, Pg, TIMEOUT, delivered, ids, keys, on_postgres, options, renewal};
 use crate::storage::{CLAIM, claim_query};
 
 pub(crate) async fn session(bed: &Pg) -> PgConnection {
@@ -54,7 +54,7 @@ fn a_command_finds_the_host_that_takes_writes() {
             next_attempt_at: None,
         };
         assert_eq!(store.enqueue(&[event]).await.unwrap().len(), 1);
-        assert_eq!(store.status().await.unwrap().pending, 1);
+        assert_eq!(store.status(TIMEOUT).await.unwrap().pending, 1);
     });
 }
 
@@ -284,7 +284,7 @@ fn everything_works_without_session_state() {
         let settled = store.settle(SettleRequest { owner: WorkerId::new("w"), entries }).await.unwrap();
         assert_eq!(settled.answers, [(lease, Answer::Applied)]);
         assert_eq!(store.leases_of(WorkerId::new("w")).await.unwrap().len(), 1);
-        assert_eq!(store.status().await.unwrap().delivered, 1);
+        assert_eq!(store.status(TIMEOUT).await.unwrap().delivered, 1);
         store.migrate().await.unwrap();
         // Nothing that a pooler can't carry: no prepared statement is left on any connection.
         let sql = "select count(*) from pg_prepared_statements";
@@ -351,6 +351,22 @@ fn time_outs_of_the_server_are_not_applied() {
         exec(&mut other, "commit").await;
         let answers = with_lock_timeout.renew(request).await.unwrap().answers;
         assert_eq!(answers, [(lease, Answer::Applied)]);
+    });
+}
+
+/// Who asked is gone by then, and the next one that asks would have another statement beside it.
+#[test]
+fn counts_that_take_too_long_are_given_up_by_the_server() {
+    on_postgres(async |bed| {
+        let mut other = session(bed).await;
+        exec(&mut other, "begin; lock leasehold.outbox_events").await;
+        for prepared_statements in [true, false] {
+            let store = store(bed, PostgresOptions { prepared_statements, ..options() });
+            let counted = tokio::time::timeout(TIMEOUT, store.status(Duration::from_millis(300))).await;
+            let error = counted.expect("the server's word").expect_err("the table is locked").to_string();
+            assert!(error.contains("57014"), "{error}");
+        }
+        exec(&mut other, "commit").await;
     });
 }
 

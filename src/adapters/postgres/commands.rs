@@ -1,9 +1,10 @@
 //! What the commands ask of the outbox beside a worker's calls: its schema, new events, counts.
 
 use std::future::Future;
+use std::time::Duration;
 
 use sqlx::postgres::{PgConnection, PgRow};
-use sqlx::{Connection as _, Row as _};
+use sqlx::{AssertSqlSafe, Connection as _, Row as _};
 use tokio::time::timeout;
 
 use super::Postgres;
@@ -167,16 +168,19 @@ impl Postgres {
         timeout(self.options.store_timeout, call).await.unwrap_or_else(|_| Err(silence()))
     }
 
-    /// Counts the events.
+    /// Counts the events. The server gives up a little before `within`: nobody may be there any more that waits for it.
     ///
     /// # Errors
     /// When the database can't be read or has no schema.
-    pub async fn status(&self) -> Result<Status, StoreError> {
+    pub async fn status(&self, within: Duration) -> Result<Status, StoreError> {
         // All of the table is read: with its plans for calls that would be by way of an index.
         let mut connection = self.connect(false).await?;
         check_schema(&mut connection).await?;
-        let row = sqlx::raw_sql(
-            "select
+        let millis = (within * 9 / 10).as_millis().max(1);
+        // One message, and so one transaction: behind a pooler as well the bound is that of this statement alone.
+        let row = sqlx::raw_sql(AssertSqlSafe(format!(
+            "set local statement_timeout = {millis};
+             select
                  count(*) filter (where delivery_status = 'pending') as pending,
                  count(*) filter (where delivery_status = 'pending' and lease_owner is null
                      and next_attempt_at <= leasehold.early_now()) as due,
@@ -187,8 +191,8 @@ impl Postgres {
                  extract(epoch from leasehold.early_now() - min(next_attempt_at) filter (
                      where delivery_status = 'pending' and lease_owner is null
                      and next_attempt_at <= leasehold.early_now()))::float8 as age
-             from leasehold.outbox_events",
-        )
+             from leasehold.outbox_events"
+        )))
         .fetch_one(&mut connection)
         .await
         .map_err(|error| database("counting events", &error))?;
