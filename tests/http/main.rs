@@ -420,6 +420,14 @@ async fn a_success_counts_whatever_else_is_in_its_head() {
         let answer = format!("HTTP/1.1 200 OK\r\n{line}\r\ncontent-length: 0\r\n\r\n");
         assert_eq!(answered(answer).await, responded(200), "{line}");
     }
+    let fields = |count: usize, value: &str| format!("x: {value}\r\n").repeat(count);
+    let answer = |fields: &str| format!("HTTP/1.1 200 OK\r\n{fields}content-length: 0\r\n\r\n");
+    assert_eq!(answered(answer(&fields(1_000, ""))).await, responded(200));
+    // What one head may take stays bounded, in fields and in bytes.
+    for fields in [fields(2_000, ""), fields(1_000, &"x".repeat(256))] {
+        let head = answered(answer(&fields)).await;
+        assert!(matches!(head, AttemptResult::Errored { .. }), "{head:?}");
+    }
 }
 
 /// Neither an endless body, nor one that says it is huge, nor one that never comes holds a request open: the socket

@@ -34,6 +34,8 @@ pub const IDLE_IN_ALL: usize = 512;
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(1);
 /// The longest response head.
 const HEAD_CAP: usize = 64 * 1024;
+/// The most header fields of a response.
+const MOST_FIELDS: usize = 1024;
 
 /// How far a connection's request is, as its socket and its body see it.
 #[derive(Default)]
@@ -191,6 +193,7 @@ impl Connection {
         // reason to send again what was accepted.
         let (sender, driver) = http1::Builder::new()
             .max_buf_size(HEAD_CAP)
+            .max_headers(MOST_FIELDS)
             .allow_spaces_after_header_name_in_responses(true)
             .allow_obsolete_multiline_headers_in_responses(true)
             .ignore_invalid_headers_in_responses(true)
