@@ -544,7 +544,7 @@ async fn limits_at_their_ends<B: Bed>(bed: &B) {
     assert_eq!(ids(&bed.claim(request).await), [row]);
 }
 
-fn json_of(bytes: u64) -> String {
+pub(crate) fn json_of(bytes: u64) -> String {
     format!("\"{}\"", "x".repeat(usize::try_from(bytes).unwrap() - 2))
 }
 

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use leasehold::adapters::postgres::{Postgres, PostgresOptions, claim_of_front};
-use leasehold::adapters::store::NewEvent;
+use leasehold::adapters::store::{NewEvent, StoreError};
 use leasehold::machine::{
     Answer, LeaseKey, RenewRequest, Row as Model, RowId, SettleRequest, Status, StoreFault, Unsendable,
     WorkerId,
@@ -12,6 +12,7 @@ use leasehold::ports::Outbox;
 use sqlx::{AssertSqlSafe, Connection, PgConnection, Row as _};
 
 use crate::bed::{A, Bed, GRACE, LEASE, Pg, TIMEOUT, delivered, ids, keys, on_postgres, options, renewal};
+use crate::contract::json_of;
 use crate::storage::{CLAIM, claim_query};
 
 pub(crate) async fn session(bed: &Pg) -> PgConnection {
@@ -30,6 +31,17 @@ pub(crate) async fn locking(bed: &Pg, row: i64) -> PgConnection {
     other
 }
 
+fn event(payload: String) -> NewEvent {
+    NewEvent {
+        event_id: None,
+        event_type: "t".into(),
+        destination_url: A.into(),
+        payload,
+        max_attempts: None,
+        next_attempt_at: None,
+    }
+}
+
 /// A command tries once, so that it asks the host that doesn't answer and the next one.
 #[test]
 fn a_command_finds_the_host_that_takes_writes() {
@@ -45,15 +57,7 @@ fn a_command_finds_the_host_that_takes_writes() {
         store.migrate().await.unwrap();
         store.check_schema().await.unwrap();
         store.server_version().await.unwrap();
-        let event = NewEvent {
-            event_id: None,
-            event_type: "t".into(),
-            destination_url: A.into(),
-            payload: "{}".into(),
-            max_attempts: None,
-            next_attempt_at: None,
-        };
-        assert_eq!(store.enqueue(&[event]).await.unwrap().len(), 1);
+        assert_eq!(store.enqueue(&[event("{}".into())]).await.unwrap().len(), 1);
         assert_eq!(store.status(TIMEOUT).await.unwrap().pending, 1);
     });
 }
@@ -367,6 +371,39 @@ fn counts_that_take_too_long_are_given_up_by_the_server() {
             assert!(error.contains("57014"), "{error}");
         }
         exec(&mut other, "commit").await;
+    });
+}
+
+/// What a message to the server can hold is bounded, and so is what it must hold in memory at once.
+#[test]
+fn large_events_are_enqueued_by_several_statements_all_or_none() {
+    on_postgres(async |bed| {
+        bed.run(
+            "create table statements (n int);
+             create function leasehold.counted() returns trigger language plpgsql as $$ begin
+                 insert into statements values (1);
+                 return null;
+             end $$;
+             create trigger counted after insert on leasehold.outbox_events
+                 for each statement execute function leasehold.counted()",
+        )
+        .await
+        .unwrap();
+        let store = store(bed, PostgresOptions { max_payload: 16 << 20, ..options() });
+        let sizes = [3, 3, 3, 9, 3, 3].map(|mebibytes| mebibytes << 20);
+        let mut events: Vec<NewEvent> = sizes.map(|bytes| event(json_of(bytes))).into();
+        let ids = store.enqueue(&events).await.unwrap();
+        let sql = "select event_id, payload_bytes::bigint from leasehold.outbox_events order by id";
+        let stored: Vec<(String, i64)> = sqlx::query_as(sql).fetch_all(&bed.pool).await.unwrap();
+        let expected: Vec<_> = ids.into_iter().zip(sizes.map(u64::cast_signed)).collect();
+        assert_eq!(stored, expected);
+        let statements: i64 =
+            sqlx::query_scalar("select count(*) from statements").fetch_one(&bed.pool).await.unwrap();
+        assert_eq!(statements, 4, "3 + 3, 3, 9, 3 + 3 MiB");
+        events.push(NewEvent { event_type: "with space".into(), ..event("{}".into()) });
+        let refused = store.enqueue(&events).await;
+        assert!(matches!(refused, Err(StoreError::Refused { place: 6, .. })), "{refused:?}");
+        assert_eq!(bed.rows().await.len(), 6);
     });
 }
 

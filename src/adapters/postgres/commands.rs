@@ -20,6 +20,22 @@ const UNCERTAIN: &str =
 const MIGRATIONS: [(i32, &str); 1] =
     [(1, include_str!("../../../migrations/postgres/0001_create_outbox_events.sql"))];
 
+/// How many events one statement inserts at most,
+const BATCH: usize = 1_000;
+
+/// and how many bytes, unless a single event has more. What a message to the server can hold is bounded by a gibibyte.
+const BATCH_BYTES: usize = 8 * 1024 * 1024;
+
+/// How many of the first events one statement inserts.
+fn batch(events: &[NewEvent]) -> usize {
+    let mut bytes = 0;
+    let fit = events.iter().take(BATCH).take_while(|event| {
+        bytes += event.destination_url.len() + event.payload.len();
+        bytes <= BATCH_BYTES
+    });
+    fit.count().max(1)
+}
+
 /// The ids that the events got, and their sizes as the database keeps them.
 async fn insert(
     connection: &mut PgConnection,
@@ -129,7 +145,10 @@ impl Postgres {
         let doing = |error: sqlx::Error| database("enqueueing", &error);
         let mut transaction = self.within(connection.begin_with(BEGIN)).await.map_err(doing)?;
         let mut ids = Vec::with_capacity(events.len());
-        for batch in events.chunks(1_000) {
+        let mut left = events;
+        while !left.is_empty() {
+            let (batch, rest) = left.split_at(batch(left));
+            left = rest;
             let mut whole = self.within(transaction.begin()).await.map_err(doing)?;
             let rows = match self.within(insert(&mut whole, batch)).await {
                 Err(error) if is_of_an_event(&error) => {
