@@ -30,14 +30,14 @@ fn before(time: DbTime, age: Duration) -> DbTime {
     DbTime::from_micros(time.as_micros() - i64::try_from(age.as_micros()).unwrap())
 }
 
-/// Sets when the events of a condition were created.
-async fn created_at<B: Bed>(bed: &B, time: DbTime, condition: &str) {
+/// Sets when the events of a condition were created or changed.
+async fn set_time<B: Bed>(bed: &B, column: &str, time: DbTime, condition: &str) {
     let time = if B::POSTGRES {
         format!("timestamptz 'epoch' + {} * interval '1 microsecond'", time.as_micros())
     } else {
         time.as_micros().to_string()
     };
-    bed.run(&format!("update {} set created_at = {time} where {condition}", bed.table())).await.unwrap();
+    bed.run(&format!("update {} set {column} = {time} where {condition}", bed.table())).await.unwrap();
 }
 
 async fn only_delivered_events_of_that_age_are_deleted<B: Bed>(bed: &B) {
@@ -50,16 +50,20 @@ async fn only_delivered_events_of_that_age_are_deleted<B: Bed>(bed: &B) {
         Model { status: Status::Failed, ..delivered_at(ripe) },
         Model { status: Status::Pending, ..delivered_at(ripe) },
         delivered_at(before(ripe, DAY)),
+        // As from a table of another kind: the last change stands for the delivery.
+        Model { delivered_at: None, ..delivered_at(ripe) },
         Model { delivered_at: None, ..delivered_at(ripe) },
     ] {
         gone.push(bed.insert(A, "{}", &row).await);
     }
-    gone = vec![gone[0], gone[4]];
+    set_time(bed, "updated_at", ripe, &format!("id <> {}", gone[6])).await;
+    set_time(bed, "updated_at", young, &format!("id = {}", gone[6])).await;
+    gone = vec![gone[0], gone[4], gone[5]];
     let left: Vec<_> = bed.rows().await.into_iter().filter(|stored| !gone.contains(&stored.id)).collect();
     let nothing = bed.retire(Retain::Keep, WHOLE).await.unwrap();
-    assert_eq!((nothing, bed.rows().await.len()), (Retired { events: 0, kept: None, next: 0 }, 6));
+    assert_eq!((nothing, bed.rows().await.len()), (Retired { events: 0, kept: None, next: 0 }, 7));
     let retired = bed.retire(Retain::Delete(HOUR), WHOLE).await.unwrap();
-    assert_eq!(retired, Retired { events: 2, kept: None, next: 0 });
+    assert_eq!(retired, Retired { events: 3, kept: None, next: 0 });
     assert_eq!(bed.rows().await, left);
     assert_eq!(bed.retire(Retain::Delete(HOUR), WHOLE).await.unwrap().events, 0);
 }
@@ -70,15 +74,15 @@ async fn a_walk_goes_from_page_to_page_and_ends_where_events_are_too_young<B: Be
     for time in [ripe, young, young, ripe, ripe, young, young, young] {
         ids.push(bed.insert(A, "{}", &delivered_at(time)).await);
     }
-    created_at(bed, ripe, "true").await;
-    created_at(bed, young, &format!("id > {}", ids[4])).await;
+    set_time(bed, "created_at", ripe, "true").await;
+    set_time(bed, "created_at", young, &format!("id > {}", ids[4])).await;
     let walk = async |after| bed.retire(Retain::Delete(HOUR), Page { after, rows: 2 }).await.unwrap();
     assert_eq!(walk(0).await, Retired { events: 1, kept: None, next: ids[1] });
     assert_eq!(walk(ids[1]).await, Retired { events: 1, kept: None, next: ids[3] });
     // One of the page is old, though the other one isn't: what follows may be old as well.
     assert_eq!(walk(ids[3]).await, Retired { events: 1, kept: None, next: ids[5] });
     assert_eq!(walk(ids[5]).await, Retired { events: 0, kept: None, next: 0 });
-    created_at(bed, ripe, "true").await;
+    set_time(bed, "created_at", ripe, "true").await;
     assert_eq!(walk(ids[5]).await, Retired { events: 0, kept: None, next: ids[7] });
     assert_eq!(walk(ids[7]).await, Retired { events: 0, kept: None, next: 0 });
     let left: Vec<i64> = bed.rows().await.iter().map(|stored| stored.id).collect();
@@ -169,6 +173,20 @@ fn the_archive_has_the_same_contents_by_day() {
                 "outbox_archive_20310309 FOR VALUES FROM ('2031-03-09 00:00:00+00') TO ('2031-03-10 00:00:00+00')",
             ]
         );
+    });
+}
+
+#[test]
+fn an_event_without_a_time_of_delivery_is_archived_by_its_last_change() {
+    on_postgres(async |bed| {
+        bed.set_clock(march(9, 12)).await;
+        bed.insert(A, "{}", &Model { delivered_at: None, ..delivered_at(march(9, 0)) }).await;
+        set_time(bed, "updated_at", march(8, 3), "true").await;
+        assert_eq!(bed.retire(Retain::Archive(30 * DAY), WHOLE).await.unwrap().events, 1);
+        let archived = "select (extract(epoch from delivered_at) * 1000000)::bigint
+            from leasehold.outbox_archive_20310308";
+        let archived: Vec<i64> = sqlx::query_scalar(archived).fetch_all(&bed.pool).await.unwrap();
+        assert_eq!(archived, [march(8, 3).as_micros()]);
     });
 }
 

@@ -17,7 +17,7 @@ const MOVE: &str = "with retired as (delete from leasehold.outbox_events where i
      insert into leasehold.outbox_archive (id, event_id, event_type, destination_url, payload, attempts, max_attempts,
          lease_token, last_status, delivered_at, created_at)
      select id, event_id, event_type, destination_url, payload, attempts, max_attempts,
-         lease_token, last_status, delivered_at, created_at
+         lease_token, last_status, coalesce(delivered_at, updated_at), created_at
      from retired";
 /// The days of the archive that are over for longer than $1 microseconds.
 const OVER: &str = "select relname::text from pg_inherits join pg_class on pg_class.oid = inhrelid

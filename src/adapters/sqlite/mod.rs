@@ -347,7 +347,8 @@ impl Sqlite {
             .await?;
             let ripe: Vec<i64> = sqlx::query_scalar(
                 "select id from outbox_events
-                 where id > ? and id <= ? and delivery_status = 'delivered' and delivered_at <= ? order by id",
+                 where id > ? and id <= ? and delivery_status = 'delivered'
+                     and coalesce(delivered_at, updated_at) <= ? order by id",
             )
             .bind(page.after)
             .bind(last)
