@@ -158,6 +158,11 @@ pub(crate) struct Worker {
     pub(crate) counted_by_destination: Vec<u32>,
     /// A claim was answered: it knows the database.
     pub(crate) met_store: Option<Micros>,
+    /// How many of its last claims had no answer.
+    pub(crate) claims_missed: u8,
+    /// Until when it claimed nothing because of that: from the second on for two poll intervals, then four, and so on up
+    /// to `L` (rule P7).
+    pub(crate) claims_back: Micros,
     /// When it sent its last claim.
     pub(crate) claimed_at: Micros,
     /// Since when it has had a settle without an answer.

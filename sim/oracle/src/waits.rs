@@ -33,7 +33,7 @@ impl Oracle {
         };
         let ready = ready.filter(|_| self.roomy && self.db_up);
         ready.filter_map(move |worker| {
-            let quiet = self.quiet_since.max(worker.quiet_since);
+            let quiet = self.quiet_since.max(worker.quiet_since).max(worker.claims_back);
             Some((worker, worker.met_store?.max(settled(worker)).max(quiet)))
         })
     }

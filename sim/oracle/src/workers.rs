@@ -39,6 +39,8 @@ impl Oracle {
             ahead_since: None,
             told_ahead: None,
             met_store: None,
+            claims_missed: 0,
+            claims_back: 0,
             claimed_at: 0,
             unsettled_since: None,
             quiet_since: 0,
@@ -253,7 +255,10 @@ impl Oracle {
             }
         }
         match lane {
-            Lane::Claim => _ = holder.met_store.get_or_insert(now),
+            Lane::Claim => {
+                holder.met_store.get_or_insert(now);
+                holder.claims_missed = 0;
+            }
             Lane::Settle => holder.unsettled_since = None,
             Lane::Owned | Lane::Renew | Lane::RenewAlone => {}
         }
@@ -318,7 +323,15 @@ impl Oracle {
         }
         match lane {
             Lane::Settle => _ = holder.unsettled_since.get_or_insert(now),
-            Lane::Claim => self.forget_claim(call),
+            Lane::Claim => {
+                holder.claims_missed = holder.claims_missed.saturating_add(1);
+                if holder.claims_missed > 1 {
+                    let terms = &self.terms[usize::from(holder.terms)];
+                    let pause = terms.poll_interval.saturating_mul(1 << (holder.claims_missed - 1).min(16));
+                    holder.claims_back = now + pause.min(terms.lease);
+                }
+                self.forget_claim(call);
+            }
             Lane::Owned | Lane::Renew | Lane::RenewAlone => {}
         }
         Ok(())

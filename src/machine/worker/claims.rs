@@ -145,6 +145,11 @@ pub(super) struct Claims {
     portion: Portion,
     /// The last claim was answered.
     pub(super) answered: bool,
+    /// Claims in a row of which it is not known whether they were applied, and until when the next one waits for that.
+    unknown: u32,
+    not_before: Moment,
+    /// There was such a claim.
+    ever_unknown: bool,
     /// A destination whose share limited the last claim has room again.
     pub(super) refill: bool,
     /// The next search for expired leases.
@@ -174,6 +179,9 @@ impl Claims {
             reach: u32::MAX,
             portion: Portion::default(),
             answered: false,
+            unknown: 0,
+            not_before: Moment::default(),
+            ever_unknown: false,
             refill: false,
             search_at: now,
             embargo_until: Moment::default(),
@@ -258,7 +266,7 @@ impl Worker {
         // Worth a statement: half a batch, or nothing is left to start.
         let worth = self.queued == 0 || room >= self.settings.limits().claim_batch.div_ceil(2);
         if (self.claims.backlog && worth) || self.claims.refill {
-            return self.now;
+            return self.now.max(self.claims.not_before);
         }
         let mut due = self.claims.at;
         if self.may_search() {
@@ -269,7 +277,7 @@ impl Worker {
         if self.claims.queue.asked {
             due = due.min(self.claims.queue.soonest);
         }
-        due
+        due.max(self.claims.not_before)
     }
 
     pub(super) fn start_claim(&mut self) {
@@ -384,6 +392,9 @@ impl Worker {
         {
             self.claims.usual = took;
         }
+        if matches!(reply, Ok(_) | Err(StoreFault::Permanent { .. })) {
+            self.claims.unknown = 0;
+        }
         match &reply {
             Ok(reply) => self.claims.portion.answered(reply.grants.len() + reply.failed.len()),
             Err(_) if self.took_long(under_way.sent) && !planted!(self, ClaimsWhole) => {
@@ -415,6 +426,7 @@ impl Worker {
                 if planted!(self, UnknownClaimForgotten) {
                     // No look.
                 } else if let StoreFault::Unknown { .. } = fault {
+                    self.back_off_unknown();
                     // **P7**: at once, and again for a commit that comes late: twice more while what was granted can
                     // still be found and given back before it runs out, at two tries each and at one.
                     let timing = *self.timing();
@@ -631,6 +643,18 @@ impl Worker {
         self.observe(Observation::Embargo(cause));
     }
 
+    /// **P7**: whatever keeps claims from their answers, such as commits that wait for a standby, may keep their sessions
+    /// and the rows that these have locked as well, while looks are answered. The first is followed as usual, the others
+    /// ever later, until after `L`.
+    fn back_off_unknown(&mut self) {
+        self.claims.ever_unknown = true;
+        let pause = self.poll_interval().saturating_mul(1 << self.claims.unknown.min(16));
+        if self.claims.unknown > 0 {
+            self.claims.not_before = self.now.after(pause.min(self.timing().lease()));
+        }
+        self.claims.unknown = self.claims.unknown.saturating_add(1);
+    }
+
     /// How far apart looks are for leases that may appear at any time: of one that commits with four tries left, three are
     /// left when it is found, or fewer where `R` is less than `L/16`.
     fn look_step(&self) -> Duration {
@@ -679,7 +703,10 @@ impl Worker {
                 self.claims.look_failures = self.claims.look_failures.saturating_add(1);
                 let again = self.now.after(self.backoff(self.claims.look_failures));
                 self.claims.owned_at.retain(|at| *at > again);
-                self.claims.owned_at.insert(again);
+                // Where every claim was answered, the last look is made to be sure, and no end waits for it.
+                if self.drain.is_none() || self.claims.ever_unknown {
+                    self.claims.owned_at.insert(again);
+                }
                 self.store_failed(StoreCall::Owned, sent, fault, Vec::new());
             }
         }

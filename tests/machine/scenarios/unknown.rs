@@ -106,13 +106,46 @@ fn a_claim_that_commits_late_is_released_as_well() {
 /// The next claim that is sent, unanswered.
 fn next_claim_lost(bed: &mut Bed) -> Action {
     loop {
-        bed.now = bed.now.max(bed.worker.next_wakeup().expect("it polls"));
-        bed.wake();
         if let Some(at) = bed.pending.iter().position(|action| matches!(action, Action::Claim(..))) {
             return bed.pending.remove(at);
         }
-        bed.answer_all();
+        if bed.pending.is_empty() {
+            bed.now = bed.now.max(bed.worker.next_wakeup().expect("it polls"));
+            bed.wake();
+        } else {
+            let other = bed.pending.remove(0);
+            bed.answer(other);
+        }
     }
+}
+
+/// Commits that wait for a standby keep a session each, and the rows that they have locked; looks are answered.
+#[test]
+fn claims_that_have_no_answer_come_ever_more_seldom() {
+    let mut bed = Bed::new(settings());
+    let (timeout, lease) = (settings().timing().store_timeout(), settings().timing().lease());
+    let poll = settings().limits().poll_interval;
+    let mut pauses = Vec::new();
+    bed.run(SECOND);
+    for _ in 0..12 {
+        let given_up = bed.now;
+        let claim = next_claim_lost(&mut bed);
+        pauses.push(bed.now.since(given_up));
+        bed.run(timeout);
+        bed.give(Input::Claimed { request: Bed::request_of(&claim), reply: Err(unknown()) });
+        let look = bed.pending.remove(0);
+        assert!(matches!(look, Action::Owned(..)));
+        bed.answer(look);
+        bed.give(Input::Hint);
+    }
+    let doubled = (1..).map(|claim| (poll * (1 << claim)).min(lease));
+    assert!(pauses[1] <= poll, "the first one says little: {pauses:?}");
+    assert!(pauses[2..].iter().copied().eq(doubled.take(10)), "{pauses:?}");
+    let claim = next_claim_lost(&mut bed);
+    bed.answer(claim);
+    bed.add(1, "http://a");
+    bed.run(2 * poll);
+    assert_eq!(bed.opened().len(), 1, "nor does one that was answered");
 }
 
 /// Lies somewhere on its way, long after the worker gave it up and all its looks found nothing.
