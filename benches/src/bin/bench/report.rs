@@ -17,7 +17,7 @@ fn cell(value: f64) -> String {
 
 pub(crate) fn table(rows: &[(String, Figures)], reps: u32) -> String {
     let mut out = format!(
-        "Medians of {reps}. Of the idle worker, of leases held and of the ten minutes, CPU and statements are by the second.\n\n"
+        "Medians of {reps}. Of the idle worker, of leases held and of the ten minutes, CPU and statements are per second.\n\n"
     );
     out.push_str("| | deliveries/s | p50 ms | p99 ms | worker CPU s/1,000 | Postgres CPU s/1,000 | MiB | statements each |\n");
     out.push_str("|---|---|---|---|---|---|---|---|\n");
