@@ -124,7 +124,7 @@ bugs! {
     ClaimsValidForEver, Place::Machine(Planted::ClaimsValidForEver), S2, 5000, "a claim that begins long after its client gave up takes events";
     LeasesFrontKept, Place::Machine(Planted::LeasesFrontKept), L1, 5000, "no search starts at the first of the leases again";
     FrontAtNow, Place::Machine(Planted::FrontAtNow), L3, 2000, "claims pass over what commits shortly after it fell due";
-    RescanSeldom, Place::Machine(Planted::RescanSeldom), L3, 5000, "a scan from the beginning keeps the next one away for 200 times as long";
+    RescanSeldom, Place::Machine(Planted::RescanSeldom), L3, 5000, "a scan from the beginning keeps the next one away for 400 times as long";
     RescanNear, Place::Machine(Planted::RescanNear), L1, 5000, "once a scan took long, none starts more than a minute ahead of the front";
     EmbargoAlways, Place::Machine(Planted::EmbargoAlways), L2, 5000, "an embargo lasts 12 L and is begun again at every failure";
     EmbargoNever, Place::Machine(Planted::EmbargoNever), S2, 5000, "a new incarnation begins no embargo";

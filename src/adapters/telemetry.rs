@@ -70,7 +70,7 @@ impl Telemetry {
     }
 }
 
-/// At the level that a failure of a claim or look asks for.
+/// At the level that the fault of a failed store call asks for.
 macro_rules! say {
     ($fault:expr, $aloud:expr, $($line:tt)*) => {
         match $fault {

@@ -15,7 +15,8 @@ const PAGE: u32 = 2_000;
 /// Between pages of which little could be retired.
 const PAUSE: Duration = Duration::from_secs(2);
 
-/// Walks the table until it is dropped. A page that took longer than `store_timeout` is tried again with half its rows.
+/// Walks the table until it is dropped. A page that failed, or took longer than `store_timeout`, is tried
+/// again with half its rows.
 pub(super) async fn retire(store: Store, retain: Retain, store_timeout: Duration) {
     let mut page = Page { after: 0, rows: PAGE };
     let (mut retiring, mut dropping) = (Trial::default(), Trial::default());

@@ -9,7 +9,7 @@ use super::id::{DestinationKey, Incarnation, LeaseKey, RequestId, RowId, Token, 
 use super::row::{Answer, ClaimFailure, ClaimTerms, Settle};
 use super::time::{DbTime, Moment};
 
-/// A store call that brought no reply. Never a reason to infer that nothing was done, except `NotApplied`.
+/// A store call that brought no reply. Only after `Unknown` may it have been applied.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum StoreFault {
     /// Timed out or the connection broke: it may have been applied, and its commit may still come (rule P7).

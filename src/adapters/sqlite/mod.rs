@@ -262,8 +262,7 @@ impl Sqlite {
                 sqlx::Error::Database(refused) if refused.is_unique_violation() => {
                     StoreError::duplicate(ids.len(), &text(&error))
                 }
-                // SQLITE_CONSTRAINT
-                sqlx::Error::Database(refused) if primary_code(refused.as_ref()) == 19 => {
+                sqlx::Error::Database(refused) if primary_code(refused.as_ref()) == CONSTRAINT => {
                     StoreError::Refused { place: ids.len(), problem: text(&error) }
                 }
                 _ => doing(error),

@@ -3,10 +3,12 @@
 //! ```text
 //!             Claimed            Send            Attempted                applied, ended
 //!   (outbox) --------> Queued ---------> Open --------------> Outcome ------------------> (settled)
-//!                        |  fence, drain  | fence, drain, lost   ^  |      refused
-//!                        |                v                      |  +-------------------> (lost)
-//!                        |             Aborting --- Aborted -----+
-//!                        +----------------- release -------------+
+//!      |               ^  | fence, drain  | fence, drain, lost   ^  |      refused
+//!      | an older      |  |               v                      |  +-------------------> (lost)
+//!      | lease of it   |  |            Aborting --- Aborted -----+
+//!      v is held       |  +-------------- release ---------------+
+//!    Behind -----------+                                         |
+//!      +------------------------ release ------------------------+
 //! ```
 //! One way in ([`Worker::handle`]), three ways out (actions, observations, the next wake-up). Every input first checks
 //! fences (rule P4), so that a process that was stopped and continued can't act on a dead lease. Inputs that answer
