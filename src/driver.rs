@@ -4,7 +4,6 @@
 //! driver with an error: a worker must not live on with half its parts.
 
 use std::collections::BTreeMap;
-use std::fmt;
 use std::future::Future;
 use std::pin::{Pin, pin};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -16,76 +15,26 @@ use tokio::task::{JoinError, JoinSet};
 use tokio::time::timeout;
 
 use crate::machine::{
-    Action, AttemptResult, Ended, Input, LeaseKey, Moment, Observation, RequestId, StoreFault, Worker,
-    WorkerId, WorkerSettings,
+    Action, AttemptResult, Ended, Input, LeaseKey, Moment, RequestId, StoreFault, Worker, WorkerId,
+    WorkerSettings,
 };
-use crate::ports::{Attempt, Claimed, Clock, Gateway, Message, Outbox};
+use crate::ports::{Attempt, Claimed, Clock, Events, Gateway, Message, Observer, Outbox};
 
-/// The messages of the leases that are held, so that what is logged can name the event.
-#[derive(Debug, Default)]
-pub struct Events(BTreeMap<LeaseKey, Arc<Message>>);
-
-impl Events {
-    /// The event id of a held lease.
-    pub fn id(&self, key: LeaseKey) -> Option<&str> {
-        self.0.get(&key).map(|message| message.event_id.as_str())
-    }
-}
-
-/// Told of everything that the machine finds worth logging or counting.
-pub trait Observer: Send {
-    /// Takes one observation; `events` still knows every lease that it names, orphans aside.
-    fn observe(&mut self, observation: &Observation, events: &Events);
-
-    /// Looks at the worker after each input.
-    fn look(&mut self, _worker: &Worker) {}
-}
-
-impl<O: Observer> Observer for Option<O> {
-    fn observe(&mut self, observation: &Observation, events: &Events) {
-        if let Some(observer) = self {
-            observer.observe(observation, events);
-        }
-    }
-
-    fn look(&mut self, worker: &Worker) {
-        if let Some(observer) = self {
-            observer.look(worker);
-        }
-    }
-}
-
-impl<A: Observer, B: Observer> Observer for (A, B) {
-    fn observe(&mut self, observation: &Observation, events: &Events) {
-        self.0.observe(observation, events);
-        self.1.observe(observation, events);
-    }
-
-    fn look(&mut self, worker: &Worker) {
-        self.0.look(worker);
-        self.1.look(worker);
-    }
-}
-
-/// Why a driver could not go on.
+/// A task of the worker panicked; its panic message went to standard error. The driver can't go on.
 #[derive(Debug)]
-pub enum DriverError {
-    /// A task panicked. Its panic message went to standard error.
-    Panicked(JoinError),
-}
+pub struct Panicked(JoinError);
 
-impl fmt::Display for DriverError {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Panicked(error) => write!(
-                f,
-                "a task of the worker panicked ({error}): the worker ends, and its leases run out by themselves"
-            ),
-        }
+impl std::fmt::Display for Panicked {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Self(error) = self;
+        write!(
+            f,
+            "a task of the worker panicked ({error}): the worker ends, and its leases run out by themselves"
+        )
     }
 }
 
-impl std::error::Error for DriverError {}
+impl std::error::Error for Panicked {}
 
 /// One worker in the world.
 pub struct Driver<O, G, C, W> {
@@ -110,7 +59,7 @@ impl<O: Outbox, G: Gateway, C: Clock, W: Observer> Driver<O, G, C, W> {
         id: WorkerId,
         settings: WorkerSettings,
         shutdown: impl Future<Output = ()>,
-    ) -> Result<Ended, DriverError> {
+    ) -> Result<Ended, Panicked> {
         let store_timeout = settings.timing().store_timeout();
         let worker = Worker::new(id, settings, self.clock.now());
         let mut running = Running {
@@ -149,7 +98,7 @@ struct Request {
 }
 
 impl<O: Outbox, G: Gateway, C: Clock, W: Observer> Running<O, G, C, W> {
-    async fn run(&mut self, shutdown: impl Future<Output = ()>) -> Result<Ended, DriverError> {
+    async fn run(&mut self, shutdown: impl Future<Output = ()>) -> Result<Ended, Panicked> {
         let mut shutdown = pin!(shutdown);
         let mut draining = false;
         let mut hint = self.next_hint();
@@ -236,7 +185,7 @@ impl<O: Outbox, G: Gateway, C: Clock, W: Observer> Running<O, G, C, W> {
                 }
             }
             Action::Forget { key } => {
-                self.events.0.remove(&key);
+                self.events.remove(key);
             }
         }
     }
@@ -265,7 +214,7 @@ impl<O: Outbox, G: Gateway, C: Clock, W: Observer> Running<O, G, C, W> {
         let (abort, aborted) = oneshot::channel();
         let start_before = Arc::new(AtomicU64::new(start_before.as_micros()));
         self.requests.insert(key, Request { abort, start_before: Arc::clone(&start_before) });
-        let message = self.events.0.get(&key).cloned();
+        let message = self.events.message(key);
         let (gateway, clock) = (Arc::clone(&self.driver.gateway), Arc::clone(&self.driver.clock));
         self.attempts.spawn(async move {
             let Some(message) = message else { return (key, None) };
@@ -282,17 +231,17 @@ impl<O: Outbox, G: Gateway, C: Clock, W: Observer> Running<O, G, C, W> {
         });
     }
 
-    fn replied(&mut self, reply: Result<Reply, JoinError>) -> Result<Input, DriverError> {
-        let (input, messages) = reply.map_err(DriverError::Panicked)?;
-        self.events.0.extend(messages);
+    fn replied(&mut self, reply: Result<Reply, JoinError>) -> Result<Input, Panicked> {
+        let (input, messages) = reply.map_err(Panicked)?;
+        self.events.insert(messages);
         Ok(input)
     }
 
     fn attempted(
         &mut self,
         ended: Result<(LeaseKey, Option<AttemptResult>), JoinError>,
-    ) -> Result<Input, DriverError> {
-        let (key, result) = ended.map_err(DriverError::Panicked)?;
+    ) -> Result<Input, Panicked> {
+        let (key, result) = ended.map_err(Panicked)?;
         self.requests.remove(&key);
         Ok(match result {
             Some(result) => Input::Attempted { key, result },

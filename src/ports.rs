@@ -1,8 +1,10 @@
-//! The ports between the driver and the world: [`Outbox`] (the table), [`Gateway`] (the destinations) and [`Clock`].
+//! The ports between the driver and the world: [`Outbox`] (the table), [`Gateway`] (the destinations), [`Clock`], and
+//! [`Observer`] (the log).
 //!
 //! No logic and no third-party type but [`Bytes`]. Every request and reply is plain data, so that the simulator can
 //! carry them over its own wire.
 
+use std::collections::BTreeMap;
 use std::future::Future;
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
@@ -10,8 +12,8 @@ use std::time::Duration;
 use bytes::Bytes;
 
 use crate::machine::{
-    AttemptResult, ClaimReply, ClaimRequest, LeaseKey, Moment, OwnedReply, OwnedRequest, RenewReply,
-    RenewRequest, SettleReply, SettleRequest, StoreFault,
+    AttemptResult, ClaimReply, ClaimRequest, LeaseKey, Moment, Observation, OwnedReply, OwnedRequest,
+    RenewReply, RenewRequest, SettleReply, SettleRequest, StoreFault, Worker,
 };
 
 /// What of an event goes on the wire. Immutable once claimed; its `Debug` shows no payload.
@@ -99,5 +101,63 @@ pub trait Clock: Send + Sync + 'static {
     /// Returns once that time is over. Tokio's timer, the default, counts in milliseconds and rounds up.
     fn sleep(&self, nap: Duration) -> impl Future<Output = ()> + Send {
         tokio::time::sleep(nap)
+    }
+}
+
+/// The messages of the leases that are held, so that what is logged can name the event.
+#[derive(Debug, Default)]
+pub struct Events(BTreeMap<LeaseKey, Arc<Message>>);
+
+impl Events {
+    /// The event id of a held lease.
+    pub fn id(&self, key: LeaseKey) -> Option<&str> {
+        self.0.get(&key).map(|message| message.event_id.as_str())
+    }
+
+    pub(crate) fn message(&self, key: LeaseKey) -> Option<Arc<Message>> {
+        self.0.get(&key).cloned()
+    }
+
+    pub(crate) fn insert(&mut self, messages: Vec<(LeaseKey, Arc<Message>)>) {
+        self.0.extend(messages);
+    }
+
+    pub(crate) fn remove(&mut self, key: LeaseKey) {
+        self.0.remove(&key);
+    }
+}
+
+/// Told of everything that the machine finds worth logging or counting.
+pub trait Observer: Send {
+    /// Takes one observation; `events` still knows every lease that it names, orphans aside.
+    fn observe(&mut self, observation: &Observation, events: &Events);
+
+    /// Looks at the worker after each input.
+    fn look(&mut self, _worker: &Worker) {}
+}
+
+impl<O: Observer> Observer for Option<O> {
+    fn observe(&mut self, observation: &Observation, events: &Events) {
+        if let Some(observer) = self {
+            observer.observe(observation, events);
+        }
+    }
+
+    fn look(&mut self, worker: &Worker) {
+        if let Some(observer) = self {
+            observer.look(worker);
+        }
+    }
+}
+
+impl<A: Observer, B: Observer> Observer for (A, B) {
+    fn observe(&mut self, observation: &Observation, events: &Events) {
+        self.0.observe(observation, events);
+        self.1.observe(observation, events);
+    }
+
+    fn look(&mut self, worker: &Worker) {
+        self.0.look(worker);
+        self.1.look(worker);
     }
 }

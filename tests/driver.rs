@@ -6,14 +6,14 @@ use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Duration;
 
 use bytes::Bytes;
-use leasehold::driver::{Driver, DriverError, Events, Observer};
+use leasehold::driver::{Driver, Panicked};
 use leasehold::machine::{
     Answer, AttemptResult, ClaimReply, ClaimRequest, DbTime, DestinationKey, Ended, Grant, HeartbeatEnd,
     Incarnation, LeaseKey, Limits, Moment, Observation, OwnedReply, OwnedRequest, RawTiming, RenewReply,
     RenewRequest, RetryPolicy, RowId, Settle, SettleReply, SettleRequest, StoreFault, Timing, Token,
     WorkerId, WorkerSettings,
 };
-use leasehold::ports::{Attempt, Claimed, Clock, Gateway, Message, Outbox};
+use leasehold::ports::{Attempt, Claimed, Clock, Events, Gateway, Message, Observer, Outbox};
 use tokio::sync::Notify;
 use tokio::time::Instant;
 
@@ -234,7 +234,7 @@ async fn drive(
     gateway: &Arc<FakeGateway>,
     until_empty: bool,
     shutdown: impl Future<Output = ()>,
-) -> (Result<Ended, DriverError>, Seen) {
+) -> (Result<Ended, Panicked>, Seen) {
     let seen = Seen::default();
     let driver = Driver {
         outbox: Arc::clone(outbox),

@@ -10,8 +10,8 @@ use std::time::{Duration, Instant};
 
 use tracing::{debug, error, info, warn};
 
-use crate::driver::{Events, Observer};
 use crate::machine::{HeartbeatEnd, LeaseKey, Observation, SettleKind, StoreCall, StoreFault, WorkerId};
+use crate::ports::{Events, Observer};
 
 /// How many event ids a line about a whole statement names.
 const IDS_IN_A_LINE: usize = 10;

@@ -27,9 +27,9 @@ mod server;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, UNIX_EPOCH};
 
-use leasehold::driver::{Driver, Events, Observer};
+use leasehold::driver::Driver;
 use leasehold::machine::{Moment, Observation, WorkerId};
-use leasehold::ports::Clock;
+use leasehold::ports::{Clock, Events, Observer};
 use sim_oracle::{Down, Fact, Oracle, Setup, Violation};
 use turmoil::Sim;
 

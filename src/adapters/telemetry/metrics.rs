@@ -10,11 +10,11 @@ use prometheus_client::registry::{Registry, Unit};
 
 use super::{end_word, settle_word};
 use crate::adapters::store::Status;
-use crate::driver::{Events, Observer};
 use crate::machine::{
     ClaimFailure, EmbargoCause, HeartbeatEnd, Observation, SettleKind, StoreCall, StoreFault, Worker,
     WorkerId,
 };
+use crate::ports::{Events, Observer};
 
 type Label = (&'static str, &'static str);
 type Counters = Family<[Label; 1], Counter>;
