@@ -20,16 +20,13 @@ pub fn retry_after(data: &[u8]) {
     }
     let text = headers.get(RETRY_AFTER).and_then(|value| value.to_str().ok()).unwrap_or_default().trim();
     let seconds = !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
-    let asked = leasehold::adapters::http::retry_after(429, &headers);
-    match asked {
+    match leasehold::adapters::http::retry_after(&headers) {
         Some(RetryAfter::Delay(delay)) if seconds => {
             assert_eq!(delay.as_secs(), text.parse().unwrap_or(u64::MAX), "{text:?}");
         }
         Some(RetryAfter::Delay(_)) => assert!(headers.contains_key(DATE), "{text:?} is relative to nothing"),
         Some(RetryAfter::Date(_)) | None => assert!(!seconds, "{text:?} was not understood"),
     }
-    assert_eq!(leasehold::adapters::http::retry_after(503, &headers), asked);
-    assert_eq!(leasehold::adapters::http::retry_after(200, &headers), None);
 }
 
 /// The first line is a secret as it is written in the settings, the rest a body. What is signed under a secret is

@@ -96,7 +96,7 @@ pub(super) fn classify(outcome: Result<Parts, Failure>) -> AttemptResult {
     match outcome {
         Ok(head) => {
             let status = head.status.as_u16();
-            AttemptResult::Responded { status, retry_after: retry_after(status, &head.headers) }
+            AttemptResult::Responded { status, retry_after: retry_after(&head.headers) }
         }
         Err(Failure::Undeliverable(error)) => AttemptResult::Undeliverable { error },
         Err(failure) => AttemptResult::Errored { error: failure.to_string() },
@@ -117,8 +117,7 @@ mod tests {
     fn every_status_is_a_response() {
         for status in 100..=999 {
             let head = Response::builder().status(status).header("retry-after", "3").body(()).unwrap();
-            let retry_after =
-                matches!(status, 429 | 503).then_some(RetryAfter::Delay(Duration::from_secs(3)));
+            let retry_after = Some(RetryAfter::Delay(Duration::from_secs(3)));
             assert_eq!(classify(Ok(head.into_parts().0)), AttemptResult::Responded { status, retry_after });
         }
     }

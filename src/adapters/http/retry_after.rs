@@ -6,12 +6,9 @@ use hyper::header::{DATE, HeaderMap, RETRY_AFTER};
 
 use crate::machine::{DbTime, RetryAfter};
 
-/// What a 429 or 503 asks for. Delay seconds saturate; a date counts from the response's own `Date`, so that neither
-/// clock needs to be right. `None` for every other status, and for what doesn't parse.
-pub fn retry_after(status: u16, headers: &HeaderMap) -> Option<RetryAfter> {
-    if !matches!(status, 429 | 503) {
-        return None;
-    }
+/// What a response asks for; whether its status lets it ask is the machine's to say. Delay seconds saturate; a date
+/// counts from the response's own `Date`, so that neither clock needs to be right. `None` for what doesn't parse.
+pub fn retry_after(headers: &HeaderMap) -> Option<RetryAfter> {
     let text = headers.get(RETRY_AFTER)?.to_str().ok()?.trim();
     if !text.is_empty() && text.bytes().all(|b| b.is_ascii_digit()) {
         // Digits alone fail to parse only by overflow.
@@ -32,42 +29,40 @@ pub fn retry_after(status: u16, headers: &HeaderMap) -> Option<RetryAfter> {
 mod tests {
     use super::*;
 
-    fn parsed(status: u16, retry: &str, date: Option<&str>) -> Option<RetryAfter> {
+    fn parsed(retry: &str, date: Option<&str>) -> Option<RetryAfter> {
         let mut headers = HeaderMap::new();
         headers.insert(RETRY_AFTER, retry.parse().unwrap());
         if let Some(date) = date {
             headers.insert(DATE, date.parse().unwrap());
         }
-        retry_after(status, &headers)
+        retry_after(&headers)
     }
 
     #[test]
     fn table() {
         let delay = |secs| Some(RetryAfter::Delay(Duration::from_secs(secs)));
         let noon = "Sun, 06 Nov 1994 12:00:00 GMT";
-        for (status, retry, date, expected) in [
-            (429, "120", None, delay(120)),
-            (503, "0", None, delay(0)),
-            (503, "  7  ", None, delay(7)),
-            (503, "007", None, delay(7)),
-            (429, "99999999999999999999999", None, delay(u64::MAX)),
-            (200, "120", None, None),
-            (500, "120", None, None),
-            (429, "-1", None, None),
-            (429, "+1", None, None),
-            (429, "1.5", None, None),
-            (429, "", None, None),
-            (429, "soon", None, None),
-            (429, "Sun, 06 Nov 1994 12:00:30 GMT", Some(noon), delay(30)),
-            (429, "Sunday, 06-Nov-94 12:00:30 GMT", Some(noon), delay(30)),
-            (429, "Sun Nov  6 12:00:30 1994", Some(noon), delay(30)),
-            (429, "Sun, 06 Nov 1994 11:00:00 GMT", Some(noon), delay(0)),
-            (429, noon, None, Some(RetryAfter::Date(DbTime::from_micros(784_123_200_000_000)))),
-            (429, noon, Some("yesterday"), Some(RetryAfter::Date(DbTime::from_micros(784_123_200_000_000)))),
-            (429, "Sun, 32 Nov 1994 12:00:00 GMT", None, None),
+        for (retry, date, expected) in [
+            ("120", None, delay(120)),
+            ("0", None, delay(0)),
+            ("  7  ", None, delay(7)),
+            ("007", None, delay(7)),
+            ("99999999999999999999999", None, delay(u64::MAX)),
+            ("-1", None, None),
+            ("+1", None, None),
+            ("1.5", None, None),
+            ("", None, None),
+            ("soon", None, None),
+            ("Sun, 06 Nov 1994 12:00:30 GMT", Some(noon), delay(30)),
+            ("Sunday, 06-Nov-94 12:00:30 GMT", Some(noon), delay(30)),
+            ("Sun Nov  6 12:00:30 1994", Some(noon), delay(30)),
+            ("Sun, 06 Nov 1994 11:00:00 GMT", Some(noon), delay(0)),
+            (noon, None, Some(RetryAfter::Date(DbTime::from_micros(784_123_200_000_000)))),
+            (noon, Some("yesterday"), Some(RetryAfter::Date(DbTime::from_micros(784_123_200_000_000)))),
+            ("Sun, 32 Nov 1994 12:00:00 GMT", None, None),
         ] {
-            assert_eq!(parsed(status, retry, date), expected, "{status} {retry:?} {date:?}");
+            assert_eq!(parsed(retry, date), expected, "{retry:?} {date:?}");
         }
-        assert_eq!(retry_after(429, &HeaderMap::new()), None);
+        assert_eq!(retry_after(&HeaderMap::new()), None);
     }
 }
