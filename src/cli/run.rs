@@ -13,7 +13,7 @@ use tracing::{info, warn};
 
 use super::admin::{self, Admin};
 use super::store::Store;
-use super::{retain, settings::Settings};
+use super::{EXIT_DONE, EXIT_DRAIN, retain, settings::Settings};
 use crate::adapters::clock::BootClock;
 use crate::adapters::http::{HttpGateway, IDLE_IN_ALL};
 use crate::adapters::store::{Retain, StoreError};
@@ -22,9 +22,6 @@ use crate::adapters::telemetry::metrics::Metrics;
 use crate::driver::Driver;
 use crate::machine::{Ended, WorkerId};
 use crate::ports::Outbox;
-
-/// A drain that had to abort requests or left outcomes unsettled.
-const DRAINED_BADLY: u8 = 3;
 
 const SIGINT: u8 = 2;
 const SIGTERM: u8 = 15;
@@ -79,7 +76,7 @@ pub async fn run(mut settings: Settings, until_empty: bool) -> anyhow::Result<Ex
         checked = timeout(timing.store_timeout(), store.check_schema()) => checked,
         () = &mut shutdown => {
             info!(worker = id.as_str(), "worker ended before it began");
-            return Ok(ExitCode::SUCCESS);
+            return Ok(EXIT_DONE.into());
         }
     };
     match checked {
@@ -97,7 +94,8 @@ pub async fn run(mut settings: Settings, until_empty: bool) -> anyhow::Result<Ex
     };
     drop(beside);
     info!(worker = id.as_str(), aborted = ended.aborted, unsettled = ended.unsettled, "worker ended");
-    Ok(if ended == (Ended { aborted: 0, unsettled: 0 }) { ExitCode::SUCCESS } else { DRAINED_BADLY.into() })
+    let in_time = ended == Ended { aborted: 0, unsettled: 0 };
+    Ok(if in_time { EXIT_DONE } else { EXIT_DRAIN }.into())
 }
 
 async fn drive<O: Outbox>(
