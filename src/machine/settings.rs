@@ -6,6 +6,7 @@ use alloc::vec::Vec;
 use core::fmt;
 use core::time::Duration;
 
+use super::row::PROBATION_RECLAIMS;
 use super::time::Age;
 
 /// The lease timings (ARCHITECTURE.md, 'The lease protocol'). Accepted only if `H + 2R + M <= L`.
@@ -250,8 +251,6 @@ pub struct WorkerSettings {
 /// Why limits or the retry policy were refused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum LimitError {
-    /// A count that must be at least 1.
-    Zero(&'static str),
     /// A duration outside its bounds.
     Duration {
         /// The setting.
@@ -276,7 +275,7 @@ impl LimitError {
     /// The name of the setting, in lower case.
     pub const fn setting(&self) -> &'static str {
         match self {
-            Self::Zero(setting) | Self::Duration { setting, .. } | Self::Number { setting, .. } => setting,
+            Self::Duration { setting, .. } | Self::Number { setting, .. } => setting,
         }
     }
 }
@@ -284,7 +283,6 @@ impl LimitError {
 impl fmt::Display for LimitError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Zero(setting) => write!(f, "{setting} is 0; allowed is 1 or more"),
             Self::Duration { setting, value, allowed } => {
                 write!(f, "{setting} is {value:?}; allowed is {allowed}")
             }
@@ -315,9 +313,7 @@ impl WorkerSettings {
             ("max_leased", limits.max_leased),
             ("claim_batch", limits.claim_batch),
         ] {
-            if value == 0 {
-                errors.push(LimitError::Zero(setting));
-            } else if value > 1_000_000 {
+            if !(1..=1_000_000).contains(&value) {
                 let value = u64::from(value);
                 errors.push(LimitError::Number { setting, value, allowed: "1 to 1000000" });
             }
@@ -338,7 +334,7 @@ impl WorkerSettings {
             let value = u64::from(retry.jitter_bps);
             errors.push(LimitError::Number { setting: "retry_jitter_bps", value, allowed: "0 to 10000" });
         }
-        if (1..=3).contains(&limits.reclaim_limit) {
+        if (1..=PROBATION_RECLAIMS).contains(&limits.reclaim_limit) {
             let value = u64::from(limits.reclaim_limit);
             errors.push(LimitError::Number {
                 setting: "reclaim_limit",
