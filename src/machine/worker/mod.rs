@@ -602,6 +602,11 @@ impl Worker {
         doubled.min(self.timing().store_timeout() / 4).max(Duration::from_millis(1))
     }
 
+    /// How soon a locked row is tried again (rule P5).
+    fn locked_again(&self) -> Duration {
+        self.backoff(3)
+    }
+
     /// Panics if a whole-state invariant is broken. Costs O(n): for tests, fuzzing and simulation.
     pub fn assert_invariants(&self) {
         let count =

@@ -46,7 +46,7 @@ impl Worker {
 
     /// When locked rows are tried again: a lock that ends must be noticed, however many rows stay locked.
     fn locked_due_at(&self) -> Moment {
-        self.locked.first().map_or(Moment::NEVER, |(skipped, _)| skipped.after(self.backoff(3)))
+        self.locked.first().map_or(Moment::NEVER, |(skipped, _)| skipped.after(self.locked_again()))
     }
 
     pub(super) fn renewal_due_at(&self) -> Moment {
@@ -78,7 +78,7 @@ impl Worker {
 
     /// The locked rows that are to be tried again, those that were skipped first in front.
     fn locked_due(&self) -> impl Iterator<Item = LeaseKey> {
-        let before = self.now.before(self.backoff(3));
+        let before = self.now.before(self.locked_again());
         let due = self.locked.iter().take_while(move |(skipped, _)| *skipped <= before);
         due.map(|(_, key)| *key)
     }
@@ -169,8 +169,7 @@ impl Worker {
                     self.renewals.failures = self.renewals.failures.saturating_add(1);
                     self.renewals.retry_at = self.now.after(self.backoff(self.renewals.failures));
                     if planted!(self, HeartbeatForgottenOnFailure) {
-                        keys.iter()
-                            .for_each(|key| self.end_heartbeat(*key, super::super::io::HeartbeatEnd::Lost));
+                        keys.iter().for_each(|key| self.end_heartbeat(*key, HeartbeatEnd::Lost));
                     }
                 }
                 self.store_failed(StoreCall::Renew, sent, fault, keys);

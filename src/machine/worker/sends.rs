@@ -3,7 +3,7 @@
 use core::time::Duration;
 
 use super::super::id::{DestinationKey, LeaseKey};
-use super::super::io::{Action, AttemptResult, HeartbeatEnd, Observation, SettleKind};
+use super::super::io::{Action, AttemptResult, HeartbeatEnd, Observation};
 use super::super::retry::{Judged, Verdict};
 use super::{Aborting, Outcome, Phase, Worker};
 
@@ -99,18 +99,7 @@ impl Worker {
         }
     }
 
-    #[cfg(not(feature = "planted-bugs"))]
-    fn misread(&self, result: AttemptResult) -> AttemptResult {
-        result
-    }
-
-    #[cfg(not(feature = "planted-bugs"))]
-    fn misjudge(&self, _: LeaseKey, delay: Duration) -> Duration {
-        delay
-    }
-
     /// Planted mistakes in reading a response.
-    #[cfg(feature = "planted-bugs")]
     fn misread(&self, result: AttemptResult) -> AttemptResult {
         match result {
             AttemptResult::Responded { status: 300..=399, retry_after }
@@ -129,15 +118,14 @@ impl Worker {
     }
 
     /// Planted mistakes in delays.
-    #[cfg(feature = "planted-bugs")]
     fn misjudge(&self, key: LeaseKey, delay: Duration) -> Duration {
         let (retry, seed) = (self.settings.retry(), self.settings.seed);
-        let number = self.leases.get(&key).map_or(1, |held| held.attempts + 1);
-        if planted!(self, BackoffStuck) && number > 2 {
+        let number = || self.leases.get(&key).map_or(1, |held| held.attempts + 1);
+        if planted!(self, BackoffStuck) && number() > 2 {
             return retry.backoff(seed, key.row, 1);
         }
         if planted!(self, BackoffOffByOne) {
-            return delay.max(retry.backoff(seed, key.row, number + 1));
+            return delay.max(retry.backoff(seed, key.row, number() + 1));
         }
         if planted!(self, DelayFromClaim) {
             let claimed = self.leases.get(&key).map_or(self.now, |held| held.confirmed);
@@ -177,16 +165,5 @@ impl Worker {
             Some(Phase::Aborting(Aborting::Lost)) => self.drop_lease(key, HeartbeatEnd::Lost, None),
             _ => self.observe(Observation::Unexpected { what: "an abort of an attempt that is not open" }),
         }
-    }
-
-    /// The observation for an outcome that the store took.
-    pub(super) fn observe_settled(
-        &mut self,
-        key: LeaseKey,
-        kind: SettleKind,
-        status: Option<u16>,
-        repeated: bool,
-    ) {
-        self.observe(Observation::Settled { key, kind, status, repeated });
     }
 }

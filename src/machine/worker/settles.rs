@@ -212,7 +212,8 @@ impl Worker {
         };
         match answer {
             Answer::Applied | Answer::Ended => {
-                self.observe_settled(key, kind, status, answer == Answer::Ended);
+                let repeated = answer == Answer::Ended;
+                self.observe(Observation::Settled { key, kind, status, repeated });
                 if kind == SettleKind::Release {
                     // It falls due when it did before.
                     self.rescan_soon();
@@ -227,7 +228,7 @@ impl Worker {
                 self.drop_lease(key, HeartbeatEnd::Lost, None);
             }
             Answer::Skipped => {
-                let again = self.now.after(self.backoff(3));
+                let again = self.now.after(self.locked_again());
                 self.settles.skipped.insert((again, key));
             }
         }
