@@ -115,6 +115,11 @@ impl<K: Clone> Walk<K> {
     }
 }
 
+/// Microseconds as the statements take them.
+pub(crate) fn micros(duration: Duration) -> i64 {
+    i64::try_from(duration.as_micros()).unwrap_or(i64::MAX)
+}
+
 /// How many bytes of payload one claim returns at most.
 pub(crate) const CLAIM_BYTES: i64 = 8 * 1024 * 1024;
 

@@ -20,7 +20,7 @@ mod table;
 mod tests;
 
 pub use database::{Database, DatabaseUrl};
-pub use reader::{parse, parse_duration, parse_size};
+pub use reader::parse;
 pub use table::{Kind, SETTINGS, Setting};
 
 /// The file that is read if it is there and no other is named.

@@ -78,7 +78,7 @@ async fn play(url: &str, folder: &Path, mut view: View) -> anyhow::Result<Verdic
     let own: Secret = secret.parse().context("the demo's own secret")?;
     let signer = Arc::new(Signer::new(&[own]).context("the demo's own secret")?);
 
-    let address: DatabaseUrl = url.parse().context("the demo's own database")?;
+    let address = DatabaseUrl::parse(url).context("the demo's own database")?;
     let store = Store::open(&address, None, 1 << 20, true, true).await?;
     store.migrate().await?;
     let record = Record::default();

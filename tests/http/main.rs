@@ -30,9 +30,11 @@ fn settings(allow: &[&str]) -> HttpSettings {
         // Long enough never to strike in a test that isn't about them.
         connect_timeout: Duration::from_secs(60),
         request_timeout: Duration::from_secs(60),
+        response_cap: 64 * 1024,
+        secrets: vec![OLD.parse().unwrap()],
+        hex_prefix: None,
         addresses: allow.iter().map(|rule| rule.parse::<AllowRule>().unwrap()).collect(),
         allow_http: true,
-        ..HttpSettings::new(vec![OLD.parse().unwrap()])
     }
 }
 

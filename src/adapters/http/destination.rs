@@ -250,7 +250,7 @@ fn embedded(address: IpAddr) -> Option<Ipv4Addr> {
 /// Whether an address is reached over the public internet (IANA special-purpose address registries).
 ///
 /// Written out since `IpAddr::is_global` is not stable, and since what it calls global differs in detail.
-pub fn is_public(address: IpAddr) -> bool {
+fn is_public(address: IpAddr) -> bool {
     match (address, embedded(address)) {
         (_, Some(inner)) => is_public_v4(inner),
         (IpAddr::V4(address), None) => is_public_v4(address),

@@ -44,9 +44,7 @@ use crate::ports::{Attempt, Gateway};
 use classify::{Failure, Phase, classify};
 pub use connection::IDLE_IN_ALL;
 use connection::{Connection, Outgoing, Pool, Socket, Stream};
-pub use destination::{
-    AddressRules, AllowRule, AllowRuleError, Destination, DestinationError, HostPattern, is_public,
-};
+pub use destination::{AddressRules, AllowRule, AllowRuleError, Destination, DestinationError};
 use destination::{Destinations, without_dot};
 use lookups::Lookups;
 pub use retry_after::retry_after;
@@ -84,21 +82,6 @@ pub struct HttpSettings {
     pub addresses: AddressRules,
     /// Whether `http://` may be used.
     pub allow_http: bool,
-}
-
-impl HttpSettings {
-    /// The defaults, with these secrets.
-    pub fn new(secrets: Vec<Secret>) -> Self {
-        Self {
-            connect_timeout: Duration::from_secs(5),
-            request_timeout: Duration::from_secs(15),
-            response_cap: 64 * 1024,
-            secrets,
-            hex_prefix: None,
-            addresses: AddressRules::default(),
-            allow_http: false,
-        }
-    }
 }
 
 /// Why a gateway was refused.

@@ -25,7 +25,7 @@ pub use self::connect::PLANS;
 use self::connect::{BEGIN, Hosts, Lane};
 use self::error::{after_send, not_connected, text};
 use self::replies::{beyond_front, read_answers, read_claim, read_owned, read_walk};
-use super::store::{CLAIM_BYTES, LONGEST_URL, StoreError, WALK, Walk, clean};
+use super::store::{CLAIM_BYTES, LONGEST_URL, StoreError, WALK, Walk, clean, micros};
 use crate::machine::{
     ClaimFailure, ClaimReply, ClaimRequest, LeaseKey, OwnedReply, OwnedRequest, RenewReply, RenewRequest,
     Settle, SettleReply, SettleRequest, StoreFault, WorkerId,
@@ -306,11 +306,6 @@ pub fn claim_of_front(claim: &str) -> String {
     });
     let front: Vec<&str> = lines.collect();
     front.join("\n")
-}
-
-/// Microseconds as the statements take them.
-fn micros(duration: Duration) -> i64 {
-    i64::try_from(duration.as_micros()).unwrap_or(i64::MAX)
 }
 
 fn count(number: u32) -> i32 {

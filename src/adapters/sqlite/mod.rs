@@ -17,7 +17,7 @@ use sqlx::sqlite::{
 use sqlx::{ConnectOptions, Row as _, Sqlite as Database, SqliteConnection, Transaction};
 use tokio::sync::{Mutex, MutexGuard};
 
-use super::store::{NewEvent, Page, Retain, Retired, Status, StoreError, Walk, clean};
+use super::store::{NewEvent, Page, Retain, Retired, Status, StoreError, Walk, clean, micros};
 use crate::machine::{
     Answer, ClaimRequest, DbTime, LeaseKey, OwnedReply, OwnedRequest, RenewReply, RenewRequest, RowId,
     Settle, SettleReply, SettleRequest, StoreFault, Token, WorkerId,
@@ -115,10 +115,6 @@ fn database(doing: &'static str, error: &sqlx::Error) -> StoreError {
         }
         _ => StoreError::Database { doing, error: text(error) },
     }
-}
-
-fn micros(duration: Duration) -> i64 {
-    i64::try_from(duration.as_micros()).unwrap_or(i64::MAX)
 }
 
 /// A write under way: the turn to write, and the transaction.

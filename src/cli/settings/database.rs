@@ -4,7 +4,6 @@ use std::fmt;
 
 use secrecy::{ExposeSecret as _, SecretString};
 
-use super::SettingsError;
 use crate::adapters::postgres::Postgres;
 use crate::adapters::sqlite::Sqlite;
 
@@ -25,16 +24,8 @@ pub struct DatabaseUrl {
     url: SecretString,
 }
 
-impl std::str::FromStr for DatabaseUrl {
-    type Err = SettingsError;
-
-    fn from_str(text: &str) -> Result<Self, SettingsError> {
-        Self::parse(text).ok_or_else(|| SettingsError(vec!["not a database URL".to_owned()]))
-    }
-}
-
 impl DatabaseUrl {
-    pub(super) fn parse(text: &str) -> Option<Self> {
+    pub(crate) fn parse(text: &str) -> Option<Self> {
         let database = if text.starts_with("postgres://") || text.starts_with("postgresql://") {
             Database::Postgres
         } else {

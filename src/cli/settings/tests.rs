@@ -1,6 +1,7 @@
 use std::collections::BTreeSet;
 use std::time::Duration;
 
+use super::reader::{parse_duration, parse_size};
 use super::*;
 use crate::machine::{Limits, RetryPolicy};
 
