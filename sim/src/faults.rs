@@ -62,15 +62,15 @@ impl World<'_> {
                 }
             }
             Fault::Partition(slot, cut) => self.cut(slot, cut, true),
-            Fault::Loss(rate) => self.weather.loss = rate,
-            Fault::Duplicate(rate) => self.weather.duplicate = rate,
-            Fault::LostReply(rate) => self.weather.lost_reply = rate,
-            Fault::LateCommit(rate, by) => self.weather.late_commit = (rate, by),
-            Fault::Abort(rate) => self.weather.abort = rate,
-            Fault::Delay(most) => self.weather.delay = most,
-            Fault::LateCall(rate, by) => self.weather.late_call = (rate, by),
-            Fault::Stall(most) => self.weather.stall = most,
-            Fault::Weight(row) => self.weather.weight = row,
+            Fault::Loss(_)
+            | Fault::Duplicate(_)
+            | Fault::LostReply(_)
+            | Fault::LateCommit(..)
+            | Fault::Abort(_)
+            | Fault::Delay(_)
+            | Fault::LateCall(..)
+            | Fault::Stall(_)
+            | Fault::Weight(_) => self.weather.set(timed.fault, true),
             Fault::LockRow(event) => {
                 if self.store.lock_outside(event) {
                     self.emit(Fact::RowLocked { event });
@@ -125,15 +125,15 @@ impl World<'_> {
             }
             Fault::Pause(_) | Fault::Starve(..) | Fault::ClockStep(..) | Fault::DbStep(_) => {}
             Fault::Partition(slot, cut) => self.cut(slot, cut, false),
-            Fault::Loss(_) => self.weather.loss = 0,
-            Fault::Duplicate(_) => self.weather.duplicate = 0,
-            Fault::LostReply(_) => self.weather.lost_reply = 0,
-            Fault::LateCommit(..) => self.weather.late_commit = (0, 0),
-            Fault::Abort(_) => self.weather.abort = 0,
-            Fault::Delay(_) => self.weather.delay = 0,
-            Fault::LateCall(..) => self.weather.late_call = (0, 0),
-            Fault::Stall(_) => self.weather.stall = 0,
-            Fault::Weight(_) => self.weather.weight = 0,
+            Fault::Loss(_)
+            | Fault::Duplicate(_)
+            | Fault::LostReply(_)
+            | Fault::LateCommit(..)
+            | Fault::Abort(_)
+            | Fault::Delay(_)
+            | Fault::LateCall(..)
+            | Fault::Stall(_)
+            | Fault::Weight(_) => self.weather.set(timed.fault, false),
             Fault::LockRow(event) => {
                 if (event as usize) < self.schedule.events.len() {
                     let (freed, next) = self.store.unlock_outside(event);

@@ -9,6 +9,7 @@ use leasehold::machine::{
 use sim_oracle::{Down, End, Fact, LocalClock};
 
 use crate::bugs::Bug;
+use crate::plain::attempt_result;
 use crate::schedule::RESTART_AFTER_KILL;
 use crate::statement::{Ask, Reply};
 use crate::world::{Happening, World};
@@ -362,23 +363,12 @@ impl World<'_> {
         }
     }
 
-    /// What the end of a request tells the machine.
     fn result_of(&self, end: End) -> AttemptResult {
-        use leasehold::machine::{DbTime, RetryAfter};
-        let us = std::time::Duration::from_micros;
         match end {
-            End::Status(status, asked) => AttemptResult::Responded {
-                status,
-                retry_after: asked.map(|asked| match asked {
-                    sim_oracle::RetryAfter::Delay(delay) => RetryAfter::Delay(us(delay)),
-                    sim_oracle::RetryAfter::Date(date) => RetryAfter::Date(DbTime::from_micros(date)),
-                }),
-            },
             End::Error if self.options.bug == Some(Bug::AcceptedIsSuccess) => {
-                AttemptResult::Responded { status: 200, retry_after: None }
+                attempt_result(End::Status(200, None))
             }
-            End::Error | End::Closed => AttemptResult::Errored { error: String::new() },
-            End::Undeliverable => AttemptResult::Undeliverable { error: String::new() },
+            end => attempt_result(end),
         }
     }
 

@@ -95,16 +95,8 @@ impl World<'_> {
         let event = key.row.0 as u32;
         let plan = self.schedule.events[event as usize];
         let destination = &self.schedule.destinations[usize::from(plan.destination)];
-        let manner = self.manners[usize::from(plan.destination)].unwrap_or_else(|| {
-            let total: u32 = destination.manners.iter().map(|(weight, _)| weight).sum();
-            let mut draw = self.pace.below(u64::from(total.max(1))) as u32;
-            let drawn = destination.manners.iter().find(|(weight, _)| {
-                let hit = draw < *weight;
-                draw = draw.saturating_sub(*weight);
-                hit
-            });
-            drawn.map_or(Manner::Ok(1_000, 5_000), |(_, manner)| *manner)
-        });
+        let manner = self.manners[usize::from(plan.destination)];
+        let manner = manner.unwrap_or_else(|| destination.draw(&mut self.pace));
         let slot = self.processes[worker as usize].slot;
         let timeout = self.schedule.settings[self.schedule.slots[slot].settings].request_timeout;
         let book = &mut self.requests[request as usize];

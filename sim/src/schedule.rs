@@ -7,9 +7,11 @@ use std::str::FromStr;
 
 use leasehold::machine::{Limits, RawTiming, RetryPolicy, Timing, Unsendable, WorkerSettings};
 use serde::{Deserialize, Serialize};
-use sim_oracle::Terms;
+use sim_oracle::{Fact, Terms};
 use std::collections::BTreeSet;
 use std::time::Duration;
+
+use crate::rng::Rng;
 
 /// What kind of trouble a seed is looking for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
@@ -244,6 +246,20 @@ pub struct Destination {
     pub manners: Vec<(u32, Manner)>,
 }
 
+impl Destination {
+    /// Draws how it treats a request.
+    pub fn draw(&self, draws: &mut Rng) -> Manner {
+        let total: u32 = self.manners.iter().map(|(weight, _)| weight).sum();
+        let mut draw = draws.below(u64::from(total.max(1))) as u32;
+        let drawn = self.manners.iter().find(|(weight, _)| {
+            let hit = draw < *weight;
+            draw = draw.saturating_sub(*weight);
+            hit
+        });
+        drawn.map_or(Manner::Ok(1_000, 5_000), |(_, manner)| *manner)
+    }
+}
+
 /// What is to be sent of an event.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Payload {
@@ -301,6 +317,21 @@ pub struct EventPlan {
     /// What is to be sent.
     #[serde(default)]
     pub payload: Payload,
+}
+
+impl EventPlan {
+    /// The fact that it is committed as this event, and due then.
+    pub fn committed(&self, event: u32, due: i64) -> Fact {
+        Fact::EventCommitted {
+            event,
+            destination: self.destination,
+            attempts: self.attempts,
+            max_attempts: self.max_attempts,
+            due,
+            poison: self.kills > 0 || self.cursed,
+            sendable: self.payload.unsendable().is_none(),
+        }
+    }
 }
 
 /// Message delays and the store's pace.

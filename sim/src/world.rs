@@ -176,6 +176,26 @@ pub(crate) struct Weather {
     pub(crate) weight: u64,
 }
 
+impl Weather {
+    /// A fault of this kind begins or ends; no other changes anything.
+    pub(crate) fn set(&mut self, fault: Fault, on: bool) {
+        let rate = |rate| if on { rate } else { 0 };
+        let time = |time| if on { time } else { 0 };
+        match fault {
+            Fault::Loss(of) => self.loss = rate(of),
+            Fault::Duplicate(of) => self.duplicate = rate(of),
+            Fault::LostReply(of) => self.lost_reply = rate(of),
+            Fault::LateCommit(of, by) => self.late_commit = (rate(of), time(by)),
+            Fault::Abort(of) => self.abort = rate(of),
+            Fault::Delay(most) => self.delay = time(most),
+            Fault::LateCall(of, by) => self.late_call = (rate(of), time(by)),
+            Fault::Stall(most) => self.stall = time(most),
+            Fault::Weight(row) => self.weight = time(row),
+            _ => {}
+        }
+    }
+}
+
 /// A worker's place.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct SlotState {
@@ -515,15 +535,7 @@ impl<'a> World<'a> {
             self.at(next.at, Happening::Produce(event + 1));
         }
         let due = self.store.insert(self.now, &plan);
-        self.emit(Fact::EventCommitted {
-            event,
-            destination: plan.destination,
-            attempts: plan.attempts,
-            max_attempts: plan.max_attempts,
-            due,
-            poison: plan.kills > 0 || plan.cursed,
-            sendable: plan.payload.unsendable().is_none(),
-        });
+        self.emit(plan.committed(event, due));
         if self.schedule.pace.hints {
             self.hint();
         }

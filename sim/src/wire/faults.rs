@@ -50,15 +50,7 @@ impl World {
         let now = hub.tick;
         self.produced += 1;
         let due = hub.store.insert(now, &plan);
-        hub.emit(Fact::EventCommitted {
-            event,
-            destination: plan.destination,
-            attempts: plan.attempts,
-            max_attempts: plan.max_attempts,
-            due,
-            poison: plan.kills > 0 || plan.cursed,
-            sendable: plan.payload.unsendable().is_none(),
-        });
+        hub.emit(plan.committed(event, due));
     }
 
     fn kill(&mut self, worker: u32, event: u32) {
@@ -107,15 +99,15 @@ impl World {
                 hub.with(slot, |hub, worker| hub.set_clock(worker as u32, 0, Some(ppm)));
             }
             Fault::Partition(slot, cut) => self.cut(slot, cut, true),
-            Fault::Loss(rate) => hub.weather.loss = rate,
-            Fault::Duplicate(_) => {}
-            Fault::LostReply(rate) => hub.weather.lost_reply = rate,
-            Fault::LateCommit(rate, by) => hub.weather.late_commit = (rate, by),
-            Fault::Abort(rate) => hub.weather.abort = rate,
-            Fault::Delay(most) => hub.weather.delay = most,
-            Fault::LateCall(rate, by) => hub.weather.late_call = (rate, by),
-            Fault::Stall(most) => hub.weather.stall = most,
-            Fault::Weight(row) => hub.weather.weight = row,
+            Fault::Loss(_)
+            | Fault::Duplicate(_)
+            | Fault::LostReply(_)
+            | Fault::LateCommit(..)
+            | Fault::Abort(_)
+            | Fault::Delay(_)
+            | Fault::LateCall(..)
+            | Fault::Stall(_)
+            | Fault::Weight(_) => hub.weather.set(timed.fault, true),
             Fault::LockRow(event) => {
                 if hub.store.lock_outside(event) {
                     hub.emit(Fact::RowLocked { event });
@@ -166,16 +158,16 @@ impl World {
                 hub.with(slot, |hub, worker| hub.set_clock(worker as u32, 0, Some(ppm)));
             }
             Fault::Pause(_) | Fault::Starve(..) | Fault::ClockStep(..) | Fault::DbStep(_) => {}
-            Fault::Duplicate(_) => {}
             Fault::Partition(slot, cut) => self.cut(slot, cut, false),
-            Fault::Loss(_) => hub.weather.loss = 0,
-            Fault::LostReply(_) => hub.weather.lost_reply = 0,
-            Fault::LateCommit(..) => hub.weather.late_commit = (0, 0),
-            Fault::Abort(_) => hub.weather.abort = 0,
-            Fault::Delay(_) => hub.weather.delay = 0,
-            Fault::LateCall(..) => hub.weather.late_call = (0, 0),
-            Fault::Stall(_) => hub.weather.stall = 0,
-            Fault::Weight(_) => hub.weather.weight = 0,
+            Fault::Loss(_)
+            | Fault::Duplicate(_)
+            | Fault::LostReply(_)
+            | Fault::LateCommit(..)
+            | Fault::Abort(_)
+            | Fault::Delay(_)
+            | Fault::LateCall(..)
+            | Fault::Stall(_)
+            | Fault::Weight(_) => hub.weather.set(timed.fault, false),
             Fault::LockRow(event) => {
                 let (freed, next) = hub.store.unlock_outside(event);
                 if freed {

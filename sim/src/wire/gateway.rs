@@ -11,7 +11,7 @@ use std::{future, io};
 use http_body_util::{BodyExt as _, Full};
 use hyper::{Request, Response, body::Bytes, body::Incoming, client::conn::http1, header};
 use hyper_util::rt::TokioIo;
-use leasehold::machine::{AttemptResult, DbTime, LeaseKey, RetryAfter};
+use leasehold::machine::{AttemptResult, LeaseKey};
 use leasehold::ports::{Attempt, Gateway};
 use sim_oracle::{Down, End, Fact};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
@@ -21,6 +21,7 @@ use turmoil::net::TcpStream;
 use super::endpoint::MANNER;
 use super::hub::{Gated, Shared, Todo, effect, lock};
 use crate::bugs::Bug;
+use crate::plain::attempt_result;
 use crate::schedule::Manner;
 
 /// The destinations as a worker process sees them.
@@ -149,22 +150,6 @@ fn parse(response: &Response<Incoming>) -> End {
     End::Status(response.status().as_u16(), asked)
 }
 
-/// What the machine is told.
-fn result(end: End) -> AttemptResult {
-    let error = String::new();
-    match end {
-        End::Status(status, asked) => {
-            let retry_after = asked.map(|asked| match asked {
-                sim_oracle::RetryAfter::Delay(delay) => RetryAfter::Delay(Duration::from_micros(delay)),
-                sim_oracle::RetryAfter::Date(date) => RetryAfter::Date(DbTime::from_micros(date)),
-            });
-            AttemptResult::Responded { status, retry_after }
-        }
-        End::Error | End::Closed => AttemptResult::Errored { error },
-        End::Undeliverable => AttemptResult::Undeliverable { error },
-    }
-}
-
 impl Sender {
     async fn exchange(
         &self,
@@ -228,8 +213,8 @@ impl Sender {
         exchange.over(end);
         self.maybe_die().await;
         Some(match end {
-            End::Error if bug == Some(Bug::AcceptedIsSuccess) => result(End::Status(200, None)),
-            end => result(end),
+            End::Error if bug == Some(Bug::AcceptedIsSuccess) => attempt_result(End::Status(200, None)),
+            end => attempt_result(end),
         })
     }
 
@@ -271,7 +256,7 @@ async fn respond(
         let response = sender.send_request(request).await.ok()?;
         let end = parse(&response);
         let _ = exchange.end.set(end);
-        let _ = known.set(result(end));
+        let _ = known.set(attempt_result(end));
         let mut body = response.into_body();
         while let Some(Ok(_)) = body.frame().await {}
         Some(())

@@ -255,18 +255,8 @@ impl Hub {
     /// How the destination of an event will treat a request.
     pub(super) fn draw_manner(&mut self, event: u32) -> Manner {
         let destination = usize::from(self.schedule.events[event as usize].destination);
-        if let Some(manner) = self.manners[destination] {
-            return manner;
-        }
-        let manners = &self.schedule.destinations[destination].manners;
-        let total: u32 = manners.iter().map(|(weight, _)| weight).sum();
-        let mut draw = self.draws.below(u64::from(total.max(1))) as u32;
-        let drawn = manners.iter().find(|(weight, _)| {
-            let hit = draw < *weight;
-            draw = draw.saturating_sub(*weight);
-            hit
-        });
-        drawn.map_or(Manner::Ok(1_000, 5_000), |(_, manner)| *manner)
+        let manner = self.manners[destination];
+        manner.unwrap_or_else(|| self.schedule.destinations[destination].draw(&mut self.draws))
     }
 }
 
