@@ -26,8 +26,8 @@ pub use table::{Kind, SETTINGS, Setting};
 /// The file that is read if it is there and no other is named.
 pub const DEFAULT_FILE: &str = "leasehold.toml";
 
-/// Where a value came from.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// Where a value came from, the weakest first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Origin {
     /// The table.
     Default,

@@ -52,7 +52,12 @@ pub enum TimingError {
     /// The fence margin is shorter than 1 ms: the clocks' resolution would eat it.
     FenceMargin(Duration),
     /// The reclaim grace is longer than the lease.
-    ReclaimGrace(Duration),
+    ReclaimGrace {
+        /// `G`.
+        reclaim_grace: Duration,
+        /// `L`.
+        lease: Duration,
+    },
     /// `H + 2R + M > L`: a lease could run out between two lost heartbeats.
     Rule {
         /// `H`.
@@ -69,25 +74,51 @@ pub enum TimingError {
 impl fmt::Display for TimingError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match *self {
-            Self::Lease(value) => write!(f, "lease is {value:?}; allowed is 1s to 24h"),
-            Self::Heartbeat(value) => write!(f, "heartbeat is {value:?}; allowed is 100ms or more"),
-            Self::StoreTimeout(value) => write!(f, "store_timeout is {value:?}; allowed is 1ms to 5s"),
-            Self::FenceMargin(value) => write!(f, "fence_margin is {value:?}; allowed is 1ms or more"),
-            Self::ReclaimGrace(value) => {
-                write!(f, "reclaim_grace is {value:?}; allowed is at most the lease")
+            Self::Lease(value) => write!(f, "lease is {}; allowed is 1s to 24h", Written(value)),
+            Self::Heartbeat(value) => write!(f, "heartbeat is {}; allowed is 100ms or more", Written(value)),
+            Self::StoreTimeout(value) => {
+                write!(f, "store_timeout is {}; allowed is 1ms to 5s", Written(value))
             }
+            Self::FenceMargin(value) => {
+                write!(f, "fence_margin is {}; allowed is 1ms or more", Written(value))
+            }
+            Self::ReclaimGrace { reclaim_grace, lease } => write!(
+                f,
+                "reclaim_grace is {}; allowed is at most the lease ({})",
+                Written(reclaim_grace),
+                Written(lease)
+            ),
             Self::Rule { heartbeat, store_timeout, fence_margin, lease } => write!(
                 f,
-                "heartbeat + 2 * store_timeout + fence_margin must be at most lease, but {heartbeat:?} + 2 * \
-                 {store_timeout:?} + {fence_margin:?} = {:?} is more than {lease:?}: lengthen the lease or shorten \
-                 one of the others",
-                heartbeat.saturating_add(store_timeout.saturating_mul(2)).saturating_add(fence_margin)
+                "heartbeat + 2 * store_timeout + fence_margin must be at most lease, but {} + 2 * {} + {} = {} is more \
+                 than {}: lengthen the lease or shorten one of the others",
+                Written(heartbeat),
+                Written(store_timeout),
+                Written(fence_margin),
+                Written(
+                    heartbeat.saturating_add(store_timeout.saturating_mul(2)).saturating_add(fence_margin)
+                ),
+                Written(lease)
             ),
         }
     }
 }
 
 impl core::error::Error for TimingError {}
+
+/// A duration as one would write it.
+struct Written(Duration);
+
+impl fmt::Display for Written {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.0.as_secs() {
+            _ if self.0.subsec_nanos() > 0 => write!(f, "{:?}", self.0),
+            secs if secs > 0 && secs % 3_600 == 0 => write!(f, "{}h", secs / 3_600),
+            secs if secs > 0 && secs % 60 == 0 => write!(f, "{}m", secs / 60),
+            secs => write!(f, "{secs}s"),
+        }
+    }
+}
 
 const MILLISECOND: Duration = Duration::from_millis(1);
 
@@ -120,7 +151,7 @@ impl Timing {
                 raw.fence_margin.is_none_or(|margin| margin >= MILLISECOND),
                 TimingError::FenceMargin(fence_margin),
             ),
-            (reclaim_grace <= lease, TimingError::ReclaimGrace(reclaim_grace)),
+            (reclaim_grace <= lease, TimingError::ReclaimGrace { reclaim_grace, lease }),
         ];
         let broken: Vec<_> = bounds.into_iter().filter(|(kept, _)| !kept).map(|(_, error)| error).collect();
         if !broken.is_empty() {
@@ -259,6 +290,8 @@ pub enum LimitError {
         value: Duration,
         /// What is allowed.
         allowed: &'static str,
+        /// What the setting is that bounds it.
+        bound: Option<Duration>,
     },
     /// A number outside its bounds.
     Number {
@@ -283,8 +316,9 @@ impl LimitError {
 impl fmt::Display for LimitError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Duration { setting, value, allowed } => {
-                write!(f, "{setting} is {value:?}; allowed is {allowed}")
+            Self::Duration { setting, value, allowed, bound } => {
+                write!(f, "{setting} is {}; allowed is {allowed}", Written(*value))?;
+                bound.map_or(Ok(()), |bound| write!(f, " ({})", Written(bound)))
             }
             Self::Number { setting, value, allowed } => {
                 write!(f, "{setting} is {value}; allowed is {allowed}")
@@ -318,18 +352,25 @@ impl WorkerSettings {
                 errors.push(LimitError::Number { setting, value, allowed: "1 to 1000000" });
             }
         }
-        let mut bounded = |setting, value: Duration, least: Duration, most: Duration, allowed| {
+        let mut bounded = |setting, value: Duration, least: Duration, most: Duration, allowed, bound| {
             if value < least || value > most {
-                errors.push(LimitError::Duration { setting, value, allowed });
+                errors.push(LimitError::Duration { setting, value, allowed, bound });
             }
         };
         const MOST: Duration = Duration::from_secs(10 * 365 * 86_400);
-        bounded("poll_interval", limits.poll_interval, MILLISECOND, Duration::from_secs(3_600), "1ms to 1h");
-        bounded("retry_initial", retry.initial, MILLISECOND, retry.max, "1ms to retry_max");
-        bounded("retry_max", retry.max, MILLISECOND, MOST, "1ms to ten years");
-        bounded("retry_after_max", retry.retry_after_max, Duration::ZERO, MOST, "0s to ten years");
-        let drain_least = timing.store_timeout * 2 + MILLISECOND;
-        bounded("drain_timeout", limits.drain_timeout, drain_least, MOST, "more than 2 * store_timeout");
+        const HOUR: Duration = Duration::from_secs(3_600);
+        bounded("poll_interval", limits.poll_interval, MILLISECOND, HOUR, "1ms to 1h", None);
+        if retry.max < MILLISECOND || retry.max > MOST {
+            bounded("retry_initial", retry.initial, MILLISECOND, MOST, "1ms to ten years", None);
+        } else {
+            let most = retry.max;
+            bounded("retry_initial", retry.initial, MILLISECOND, most, "1ms to retry_max", Some(most));
+        }
+        bounded("retry_max", retry.max, MILLISECOND, MOST, "1ms to ten years", None);
+        bounded("retry_after_max", retry.retry_after_max, Duration::ZERO, MOST, "0s to ten years", None);
+        let twice = timing.store_timeout * 2;
+        let allowed = "more than 2 * store_timeout";
+        bounded("drain_timeout", limits.drain_timeout, twice + MILLISECOND, MOST, allowed, Some(twice));
         if retry.jitter_bps > 10_000 {
             let value = u64::from(retry.jitter_bps);
             errors.push(LimitError::Number { setting: "retry_jitter_bps", value, allowed: "0 to 10000" });

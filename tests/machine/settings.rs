@@ -59,7 +59,7 @@ fn each_bound_is_kept() {
     let margin = RawTiming { fence_margin: Some(Duration::ZERO), ..raw(SECOND) };
     assert!(matches!(refused(margin)[..], [TimingError::FenceMargin(_)]));
     let grace = RawTiming { reclaim_grace: Some(2 * SECOND), ..raw(SECOND) };
-    assert!(matches!(refused(grace)[..], [TimingError::ReclaimGrace(_)]));
+    assert!(matches!(refused(grace)[..], [TimingError::ReclaimGrace { .. }]));
 }
 
 #[test]
@@ -79,7 +79,7 @@ fn every_broken_timing_is_reported_at_once() {
             TimingError::Heartbeat(MS),
             TimingError::StoreTimeout(6 * SECOND),
             TimingError::FenceMargin(Duration::ZERO),
-            TimingError::ReclaimGrace(50 * 3_600 * SECOND),
+            TimingError::ReclaimGrace { reclaim_grace: 50 * 3_600 * SECOND, lease: broken.lease },
         ]
     );
 }

@@ -1,5 +1,6 @@
 //! From texts to values. Every mistake is noted, and the next value read.
 
+use std::cmp::Ordering;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::path::PathBuf;
@@ -11,7 +12,7 @@ use tracing_subscriber::filter::LevelFilter;
 use super::database::{Database, DatabaseUrl};
 use super::table::{Kind, PREFIX, SETTINGS, Setting, lookup};
 use super::{DEFAULT_FILE, LogFormat, LogSettings, Needs, Origin, Settings, SettingsError, Sources};
-use crate::adapters::http::{AllowRule, HttpGateway, HttpSettings, HttpSettingsError, Secret};
+use crate::adapters::http::{AllowRule, HttpGateway, HttpSettings, Secret};
 use crate::adapters::store::{MOST_ATTEMPTS, Retain, SETTLED_FOR};
 use crate::machine::{LimitError, Limits, RawTiming, RetryPolicy, Timing, TimingError, WorkerSettings};
 
@@ -59,9 +60,15 @@ impl Reader<'_> {
                 Some(setting) if !value.is_empty() => self.give(setting, value.clone(), Origin::Environment),
                 Some(_) => {}
                 None if variable.starts_with(PREFIX) && !is_kubernetes(variable) => {
-                    let known = SETTINGS.iter().map(Setting::variable);
-                    self.problems
-                        .push(format!("{variable} is not a setting{}", did_you_mean(variable, known)));
+                    let hint = match variable.as_str() {
+                        "LEASEHOLD_DATABASE_URL" => {
+                            "; did you mean DATABASE_URL, without a prefix?".to_owned()
+                        }
+                        "LEASEHOLD_LOG_LEVEL" => "; did you mean LEASEHOLD_LOG?".to_owned(),
+                        "LEASEHOLD_CONFIG" => "; did you mean the flag --config?".to_owned(),
+                        _ => did_you_mean(variable, SETTINGS.iter().map(Setting::variable)),
+                    };
+                    self.problems.push(format!("{variable} is not a setting{hint}"));
                 }
                 None => {}
             }
@@ -71,6 +78,13 @@ impl Reader<'_> {
                 Some(setting) => self.give(setting, value.clone(), Origin::Flag),
                 None => self.problems.push(format!("--{} is not a setting", name.replace('_', "-"))),
             }
+        }
+        // The secrets are one setting by two names.
+        let origin = |name| self.given.get(name).map(|given| given.origin);
+        match origin("signing_secrets").cmp(&origin("signing_secrets_file")) {
+            Ordering::Less => drop(self.given.remove("signing_secrets")),
+            Ordering::Greater => drop(self.given.remove("signing_secrets_file")),
+            Ordering::Equal => {}
         }
     }
 
@@ -276,7 +290,7 @@ impl Reader<'_> {
                 TimingError::Heartbeat(_) => "heartbeat",
                 TimingError::StoreTimeout(_) => "store_timeout",
                 TimingError::FenceMargin(_) => "fence_margin",
-                TimingError::ReclaimGrace(_) => "reclaim_grace",
+                TimingError::ReclaimGrace { .. } => "reclaim_grace",
                 TimingError::Rule { .. } => {
                     if complete {
                         self.problems.push(error.to_string());
@@ -289,35 +303,40 @@ impl Reader<'_> {
         None
     }
 
-    /// Notes a machine's error, which names the setting by itself, with the key as it was written.
+    /// Notes a machine's error, with the key and the value as they were written.
     fn blame(&mut self, name: &str, error: &impl fmt::Display) {
         let text = error.to_string();
-        let key = self.key(name);
-        self.problems.push(text.strip_prefix(name).map_or(format!("{key}: {text}"), |rest| key + rest));
+        let allowed = text.split_once("; allowed is ").map_or(text.as_str(), |(_, allowed)| allowed);
+        self.refuse(name, allowed);
     }
 
     fn worker(&mut self, database: Option<&DatabaseUrl>) -> Option<WorkerSettings> {
         let timing = self.timing(database);
-        // The machine has bounds of its own, and they are the ones to be reported.
+        // The machine has bounds of its own, and they are the ones to be reported, but for what is no number to it.
+        const COUNT: &str = "a whole number from 1 to 1000000";
+        let whole = |text: &str| text.parse::<u32>().ok();
         let [in_flight, per_destination, claim_batch, reclaim_limit, jitter_bps, budget] = [
-            "max_in_flight",
-            "max_in_flight_per_destination",
-            "claim_batch",
-            "reclaim_limit",
-            "retry_jitter_bps",
-            "retry_budget",
+            ("max_in_flight", COUNT),
+            ("max_in_flight_per_destination", COUNT),
+            ("claim_batch", COUNT),
+            ("reclaim_limit", "0 (off) or a whole number from 4 to 4294967295"),
+            ("retry_jitter_bps", "a whole number from 0 to 10000"),
+            ("retry_budget", "a whole number from 0 to 4294967295"),
         ]
-        .map(|name| self.value(name, Kind::Number.allowed(), |text| text.parse::<u32>().ok()));
-        let max_leased = self.optional("max_leased", Kind::Number.allowed(), |text| text.parse::<u32>().ok());
-        let [poll_interval, drain_timeout, initial, max, retry_after_max] =
-            ["poll_interval", "drain_timeout", "retry_initial", "retry_max", "retry_after_max"]
+        .map(|(name, allowed)| self.value(name, allowed, whole));
+        let max_leased = self.optional("max_leased", COUNT, whole);
+        let [poll_interval, drain_timeout, max, retry_after_max] =
+            ["poll_interval", "drain_timeout", "retry_max", "retry_after_max"]
                 .map(|name| self.duration(name));
+        let initial = self.optional("retry_initial", Kind::Duration.allowed(), parse_duration);
         let status = |text: &str| text.parse().ok().filter(|status| (300..=599).contains(status));
         let fail_statuses = self.list("fail_statuses", "statuses from 300 to 599 with commas", status);
         let counts = [in_flight, per_destination, claim_batch, reclaim_limit, jitter_bps, budget];
-        let durations = [poll_interval, drain_timeout, initial, max, retry_after_max];
-        let complete =
-            counts.iter().all(Option::is_some) && durations.iter().all(Option::is_some) && max_leased.is_ok();
+        let durations = [poll_interval, drain_timeout, max, retry_after_max];
+        let complete = counts.iter().all(Option::is_some)
+            && durations.iter().all(Option::is_some)
+            && max_leased.is_ok()
+            && initial.is_ok();
         let (complete, fail_statuses) =
             (complete && fail_statuses.is_some(), fail_statuses.unwrap_or_default());
         // What was refused already has a sound stand-in, so that the rest is checked all the same.
@@ -326,15 +345,19 @@ impl Reader<'_> {
         let limits = Limits {
             max_in_flight: in_flight,
             max_in_flight_per_destination: per_destination.unwrap_or(1),
-            max_leased: max_leased.unwrap_or_default().unwrap_or(in_flight.saturating_add(claim_batch)),
+            // A default that follows from others is never what is wrong.
+            max_leased: max_leased
+                .unwrap_or_default()
+                .unwrap_or(in_flight.saturating_add(claim_batch).clamp(1, 1_000_000)),
             claim_batch,
             poll_interval: poll_interval.unwrap_or(hour),
             drain_timeout: drain_timeout.unwrap_or(hour),
             reclaim_limit: reclaim_limit.unwrap_or(0),
         };
+        let (least, max) = (Duration::from_millis(1), max.unwrap_or(hour * 24 * 365));
         let retry = RetryPolicy {
-            initial: initial.unwrap_or(Duration::from_millis(1)),
-            max: max.unwrap_or(hour * 24 * 365),
+            initial: initial.unwrap_or(Some(least)).unwrap_or(Duration::from_secs(5).min(max).max(least)),
+            max,
             jitter_bps: jitter_bps.unwrap_or(0).try_into().unwrap_or(u16::MAX),
             budget: budget.unwrap_or(0),
             retry_after_max: retry_after_max.unwrap_or(hour),
@@ -369,18 +392,16 @@ impl Reader<'_> {
             .map(|name| self.value(name, "a duration from 1ms to 24h", timeout));
         let response_cap = self.size("response_cap", "a size up to 1GiB", 0, 1 << 30);
         let sign_hex = self.bool("sign_hex");
-        let hex_prefix = self.value("hex_prefix", Kind::Text.allowed(), |text| Some(text.to_owned()));
+        let allowed = "what a header name can begin with, other than webhook";
+        let hex_prefix = self.value("hex_prefix", allowed, |text| {
+            HttpGateway::check_hex_prefix(text).is_ok().then(|| text.to_owned())
+        });
         let rule = |text: &str| text.parse::<AllowRule>().ok();
         let allowed =
             "CIDRs such as 10.0.0.0/8 and host names such as app or *.internal.example, with commas";
         let addresses = self.list("allow_destinations", allowed, rule);
         let allow_http = self.bool("allow_http");
         let hex_prefix = sign_hex?.then_some(hex_prefix?);
-        if let Some(prefix) = &hex_prefix
-            && let Err(HttpSettingsError::HexPrefix(_)) = HttpGateway::check_hex_prefix(prefix)
-        {
-            self.refuse("hex_prefix", "what a header name can begin with, other than webhook");
-        }
         Some(HttpSettings {
             connect_timeout: connect_timeout?,
             request_timeout: request_timeout?,

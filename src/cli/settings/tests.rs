@@ -162,8 +162,8 @@ fn all_mistakes_at_once() {
         "LEASEHOLD_MAX_IN_FLIHGT is not a setting; did you mean LEASEHOLD_MAX_IN_FLIGHT?",
         "DATABASE_URL is not valid (its value is not shown); allowed is postgres://user@host/database or sqlite://file",
         "lease in leasehold.toml is \"30\"; allowed is a duration such as 250ms, 30s, 5m or 1h",
-        "--retry-jitter-bps is 10001; allowed is 0 to 10000",
-        "--reclaim-limit is 2; allowed is 0 (off) or more than 3",
+        "--retry-jitter-bps is \"10001\"; allowed is 0 to 10000",
+        "--reclaim-limit is \"2\"; allowed is 0 (off) or more than 3",
         "LEASEHOLD_SIGNING_SECRETS, entry 1: a secret must be written whsec_<base64>, but what follows whsec_ is not \
          base64 (its value is not shown)",
         "LEASEHOLD_SIGNING_SECRETS, entry 2: a secret must be written whsec_<base64>, but the prefix whsec_ is \
@@ -246,11 +246,80 @@ fn bad_values() {
         assert_eq!(found.len(), 1, "{name} = {value}: {found:?}");
         assert!(found[0].contains(says) && !found[0].contains("hunter2"), "{name} = {value}: {found:?}");
     }
-    let found = problems("", &[], &[("sign_hex", "true"), ("hex_prefix", "a b")]);
-    assert_eq!(
-        found,
-        ["--hex-prefix is \"a b\"; allowed is what a header name can begin with, other than webhook"]
-    );
+    for sign_hex in ["false", "true"] {
+        let found = problems("", &[], &[("sign_hex", sign_hex), ("hex_prefix", "a b")]);
+        assert_eq!(
+            found,
+            ["--hex-prefix is \"a b\"; allowed is what a header name can begin with, other than webhook"]
+        );
+    }
+}
+
+/// A default is never blamed for what was given.
+#[test]
+fn defaults_follow_what_is_given() {
+    let initial = |max| parsed("", &[], &[("retry_max", max)]).worker.retry().initial;
+    assert_eq!((initial("1s"), initial("2h")), (Duration::from_secs(1), Duration::from_secs(5)));
+    let large = [("max_in_flight", "1000000"), ("claim_batch", "1000000")];
+    assert_eq!(parsed("", &[], &large).worker.limits().max_leased, 1_000_000);
+    for (flags, expected) in [
+        (
+            [("max_in_flight", "0"), ("claim_batch", "0")],
+            &[
+                "--max-in-flight is \"0\"; allowed is 1 or more",
+                "--claim-batch is \"0\"; allowed is 1 or more",
+            ][..],
+        ),
+        (
+            [("max_in_flight", "100000000"), ("claim_batch", "1")],
+            &["--max-in-flight is \"100000000\"; allowed is 1 to 1000000"],
+        ),
+        (
+            [("retry_max", "0s"), ("retry_jitter_bps", "0")],
+            &["--retry-max is \"0s\"; allowed is 1ms to ten years"],
+        ),
+        (
+            [("retry_max", "0s"), ("retry_initial", "1s")],
+            &["--retry-max is \"0s\"; allowed is 1ms to ten years"],
+        ),
+    ] {
+        assert_eq!(problems("", &[], &flags), expected);
+    }
+}
+
+/// The value is shown as it was written, and a limit that another setting makes as what it is.
+#[test]
+fn values_are_shown_as_written() {
+    for (flag, expected) in [
+        (("store_timeout", "0s"), "--store-timeout is \"0s\"; allowed is 1ms to 5s"),
+        (("retry_initial", "2h"), "--retry-initial is \"2h\"; allowed is 1ms to retry_max (1h)"),
+        (("reclaim_grace", "7200s"), "--reclaim-grace is \"7200s\"; allowed is at most the lease (30s)"),
+        (
+            ("drain_timeout", "10000ms"),
+            "--drain-timeout is \"10000ms\"; allowed is more than 2 * store_timeout (10s)",
+        ),
+        (
+            ("claim_batch", "4294967296"),
+            "--claim-batch is \"4294967296\"; allowed is a whole number from 1 to 1000000",
+        ),
+    ] {
+        assert_eq!(problems("", &[], &[flag]), [expected]);
+    }
+    let found = problems("retry_max = \"1m\"", &[("LEASEHOLD_RETRY_INITIAL", "90s")], &[]);
+    assert_eq!(found, ["LEASEHOLD_RETRY_INITIAL is \"90s\"; allowed is 1ms to retry_max (1m)"]);
+    let found = problems("", &[], &[("heartbeat", "1h")]);
+    assert!(found[0].contains("1h + 2 * 5s + 3s = 3613s is more than 30s"), "{found:?}");
+}
+
+#[test]
+fn names_that_others_use_get_a_hint() {
+    for (variable, hint) in [
+        ("LEASEHOLD_DATABASE_URL", "did you mean DATABASE_URL, without a prefix?"),
+        ("LEASEHOLD_LOG_LEVEL", "did you mean LEASEHOLD_LOG?"),
+        ("LEASEHOLD_CONFIG", "did you mean the flag --config?"),
+    ] {
+        assert_eq!(problems("", &[(variable, "x")], &[]), [format!("{variable} is not a setting; {hint}")]);
+    }
 }
 
 #[test]
@@ -308,6 +377,18 @@ fn secrets_from_a_file() {
     );
     assert!(with("none", "").unwrap_err().to_string().contains("can't be read"));
     assert!(with("good", SECRET).unwrap_err().to_string().contains("both set"));
+    let layered = |file: &str, environment: &[(&str, &str)], flags: &[(&str, &str)]| {
+        let mut sources = sources(file, environment, flags);
+        sources.environment.retain(|_, value| !value.is_empty());
+        parse(&Sources { read: Some(&read), ..sources }, Needs::RUN).unwrap()
+    };
+    let settings = layered("signing_secrets_file = \"none\"", &[], &[]);
+    assert_eq!(settings.http.secrets.len(), 1);
+    assert!(settings.shown.iter().all(|(name, ..)| *name != "signing_secrets_file"));
+    assert_eq!(layered("", &[], &[("signing_secrets_file", "good")]).http.secrets.len(), 2);
+    let none = ("LEASEHOLD_SIGNING_SECRETS", "");
+    let over = ("LEASEHOLD_SIGNING_SECRETS_FILE", "good");
+    assert_eq!(layered("signing_secrets = \"x\"", &[none, over], &[]).http.secrets.len(), 2);
     for (path, inline) in [("none", ""), ("bad", ""), ("good", SECRET), ("", "hunter2")] {
         assert!(by(Needs::STORE, path, inline).unwrap().http.secrets.is_empty(), "{path} {inline}");
     }
