@@ -102,7 +102,11 @@ impl Hosts {
     ) -> Result<PgConnection, sqlx::Error> {
         let hosts = if bounded { &self.bounded } else { &self.plain };
         let share = within / u32::try_from(hosts.len()).unwrap_or(u32::MAX);
-        let mut last = sqlx::Error::PoolTimedOut;
+        let silence = || {
+            let error = format!("no answer within {share:?}");
+            sqlx::Error::Io(std::io::Error::new(std::io::ErrorKind::TimedOut, error))
+        };
+        let mut last = silence();
         for host in hosts {
             let connecting = async {
                 let mut connection = PgConnection::connect_with(host).await?;
@@ -112,7 +116,7 @@ impl Hosts {
             match timeout(share, connecting).await {
                 Ok(Ok(connection)) => return Ok(connection),
                 Ok(Err(error)) => last = error,
-                Err(_) => last = sqlx::Error::PoolTimedOut,
+                Err(_) => last = silence(),
             }
         }
         Err(last)
@@ -299,5 +303,14 @@ mod tests {
     fn a_bad_url_is_refused_without_showing_its_password() {
         let error = Hosts::parse("postgres://u:secret@a:notaport/shop", &options()).expect_err("a bad port");
         assert!(!error.to_string().contains("secret"), "{error}");
+    }
+
+    #[tokio::test]
+    async fn a_server_that_does_not_answer_is_given_up_with_the_limit_that_was_kept() {
+        let silent = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
+        let port = silent.local_addr().expect("bound").port();
+        let hosts = Hosts::parse(&format!("postgres://u@127.0.0.1:{port}/shop"), &options()).expect("a URL");
+        let error = hosts.connect_to_any(true, Duration::from_millis(200)).await.expect_err("no answer");
+        assert_eq!(crate::adapters::postgres::text(&error), "connection: no answer within 200ms");
     }
 }
