@@ -46,15 +46,38 @@ fn host_list(url: &str) -> Option<Range<usize>> {
     Some(start..end)
 }
 
+const PERCENT_ENCODE: &str = " (in a user name or password, write # / ? @ as %23 %2F %3F %40)";
+
+/// Whether there is an `@` behind the host list: then a password may have ended it.
+fn cut_short(url: &str, list: &Range<usize>) -> bool {
+    url[list.end..].contains('@')
+}
+
 impl Hosts {
     /// What is wrong is said without the URL, which may hold a password.
     pub(super) fn parse(url: &str, options: &PostgresOptions) -> Result<Self, String> {
         let list = host_list(url).ok_or("no `://` in it")?;
+        let unreadable = |error: &sqlx::Error| {
+            let error = super::text(error);
+            let error = error.trim_start_matches("error with configuration: ");
+            let hint = match error {
+                "empty host" => {
+                    " (a socket's folder is named by postgres:///database?host=/folder&user=name)"
+                }
+                _ if cut_short(url, &list) => PERCENT_ENCODE,
+                _ => "",
+            };
+            format!("{error}{hint}")
+        };
+        if url[list.end..].starts_with('#') && cut_short(url, &list) {
+            // What is before it can look like a host and a port.
+            return Err(format!("a # ends what is read of it{PERCENT_ENCODE}"));
+        }
         let mut plain = Vec::new();
         for host in url[list.clone()].split(',') {
             let one = format!("{}{host}{}", &url[..list.start], &url[list.end..]);
             let one = one.replace("target_session_attrs=read-write", "");
-            let parsed = PgConnectOptions::from_str(&one).map_err(|error| super::text(&error))?;
+            let parsed = PgConnectOptions::from_str(&one).map_err(|error| unreadable(&error))?;
             // sqlx would look an address with its brackets up as a name.
             let host = parsed.get_host().trim_matches(['[', ']']).to_owned();
             let parsed = parsed.host(&host).application_name("leasehold").disable_statement_logging();
@@ -303,6 +326,25 @@ mod tests {
     fn a_bad_url_is_refused_without_showing_its_password() {
         let error = Hosts::parse("postgres://u:secret@a:notaport/shop", &options()).expect_err("a bad port");
         assert!(!error.to_string().contains("secret"), "{error}");
+    }
+
+    #[test]
+    fn what_is_wrong_with_a_url_is_said_once_and_with_what_helps() {
+        for (url, says) in [
+            ("postgres://u@/shop?host=/tmp/x", "empty host (a socket's folder is named by postgres:///"),
+            ("postgres://u:secret@a/shop?sslmode=bogus", "unknown value \"bogus\" for `ssl_mode`"),
+            ("postgres://u:secret@a:notaport/shop", "invalid port number"),
+            ("postgres://u:sec#ret@a/shop", "a # ends what is read of it (in a user name or password"),
+            ("postgres://u:1#secret@a/shop", "a # ends what is read of it (in a user name or password"),
+            ("postgres://u:sec/ret@a/shop", "invalid port number (in a user name or password"),
+            ("postgres://u:sec@r/et@a/shop", ""),
+            ("postgres://u:sec?ret@a/shop", "invalid port number (in a user name or password"),
+        ] {
+            let error = Hosts::parse(url, &options()).err().unwrap_or_default();
+            assert!(error.starts_with(says) && !error.contains("sec"), "{url}: {error}");
+        }
+        let socket = Hosts::parse("postgres:///shop?host=/tmp/x&user=u", &options());
+        assert!(socket.is_ok(), "{socket:?}");
     }
 
     #[tokio::test]
