@@ -312,6 +312,7 @@ mod tests {
             (line(&format!(r#""payload": "{}""#, "x".repeat(1_000))), "1002 bytes"),
             (good.replace("https://", "ftp://"), "scheme ftp"),
             (good.replace("https://", "https://user:hunter2@"), "user info"),
+            (good.replace("https://", "https://@"), "user info"),
             (good.replace("https://example.com/", "example"), "does not parse"),
             (good.replace("a.b", ""), "event_type"),
             (format!("{good} {good}"), "trailing characters"),

@@ -250,6 +250,7 @@ async fn what_can_never_be_sent_is_undeliverable() {
         ("ftp://127.0.0.1/", "scheme ftp"),
         ("http://user:hunter2@127.0.0.1/", "user info"),
         ("https://user@127.0.0.1/", "user info"),
+        ("http://@127.0.0.1/", "user info"),
         ("http://", "no host"),
     ] {
         match gateway.send_alone(attempt(url)).await {

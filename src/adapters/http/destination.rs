@@ -35,7 +35,7 @@ pub enum DestinationError {
     Syntax(url::ParseError),
     /// A scheme other than http and https.
     Scheme(String),
-    /// It has a user name or a password.
+    /// It has user info, be it empty.
     UserInfo,
     /// There is no host in it.
     NoHost,
@@ -72,7 +72,11 @@ impl FromStr for Destination {
             "http" => false,
             scheme => return Err(DestinationError::Scheme(scheme.to_owned())),
         };
-        if !url.username().is_empty() || url.password().is_some() {
+        // Parsed, an empty one is gone. The parser passes over tabs and line ends, and over any number of slashes.
+        let rest = text.split_once(':').map_or("", |(_, rest)| rest);
+        let authority =
+            rest.trim_start_matches(['/', '\\', '\t', '\n', '\r']).split(['/', '\\', '?', '#']).next();
+        if authority.is_some_and(|authority| authority.contains('@')) {
             return Err(DestinationError::UserInfo);
         }
         let host = url.host().ok_or(DestinationError::NoHost)?.to_owned();
@@ -361,6 +365,7 @@ mod tests {
         let hook = parsed("HTTPS://Example.COM:443/a b?x={1}#frag").unwrap();
         assert_eq!((hook.https, hook.port, hook.authority.to_str().unwrap()), (true, 443, "example.com"));
         assert_eq!(hook.target.as_str(), "/a%20b?x={1}");
+        assert!(parsed("https://example.com/@user?a@b#@").is_ok());
         let six = parsed("http://[::1]:8080").unwrap();
         assert_eq!((six.authority.to_str().unwrap(), six.target.as_str()), ("[::1]:8080", "/"));
         for text in ["http://2130706433/", "http://0x7f.1/", "http://0177.0.0.1/", "http://127.1/"] {
@@ -372,6 +377,11 @@ mod tests {
             ("https://user@example.com/", DestinationError::UserInfo),
             ("https://user:secret@example.com/", DestinationError::UserInfo),
             ("https://:secret@example.com/", DestinationError::UserInfo),
+            ("https://@example.com/", DestinationError::UserInfo),
+            ("https://:@example.com", DestinationError::UserInfo),
+            ("https://@@example.com?x", DestinationError::UserInfo),
+            ("https:@example.com/", DestinationError::UserInfo),
+            (" https:\n/\\\t/@example.com/", DestinationError::UserInfo),
             ("https://", DestinationError::NoHost),
             ("example.com/hook", DestinationError::Syntax(url::ParseError::RelativeUrlWithoutBase)),
             ("", DestinationError::Syntax(url::ParseError::RelativeUrlWithoutBase)),
