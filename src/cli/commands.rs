@@ -218,6 +218,11 @@ async fn check(settings: &Settings) -> anyhow::Result<ExitCode> {
     print("schema: up to date")?;
     answer(store.rehearse()).await?.map_err(|fault| anyhow!("a worker could not claim: {fault}"))?;
     print("a worker can claim")?;
+    if let Some(lacks) = answer(store.lacks_to_retire(settings.retain)).await?? {
+        print(format_args!(
+            "warning: delivered events stay in the outbox against what retain says: the worker's role lacks {lacks}"
+        ))?;
+    }
     Ok(EXIT_DONE.into())
 }
 

@@ -145,6 +145,17 @@ impl Store {
         }
     }
 
+    /// The rights that retiring delivered events needs and a worker's role doesn't have, for `check`. SQLite has none.
+    ///
+    /// # Errors
+    /// When the database can't be asked.
+    pub async fn lacks_to_retire(&self, retain: Retain) -> Result<Option<String>, StoreError> {
+        match self {
+            Self::Postgres(store) => store.lacks_to_retire(retain).await,
+            Self::Sqlite(_) => Ok(None),
+        }
+    }
+
     /// The leases that the store shows under a worker.
     ///
     /// # Errors

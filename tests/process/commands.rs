@@ -182,6 +182,41 @@ async fn check_finds_a_right_that_a_worker_lacks() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn check_finds_a_right_that_retiring_lacks() {
+    let bed = Bed::new().await;
+    let mut url = url::Url::parse(&bed.url).expect("a URL");
+    let user = format!("claimer_of_{}", url.path().trim_start_matches('/'));
+    let sql = format!(
+        "create role {user} login; grant usage on schema leasehold to {user};
+         grant select, insert, update on all tables in schema leasehold to {user};
+         grant delete on leasehold.sleepers to {user}"
+    );
+    sqlx::raw_sql(sqlx::AssertSqlSafe(sql)).execute(&bed.pool).await.expect("a role");
+    let own = url.clone();
+    url.query_pairs_mut().append_pair("options", &format!("-c role={user}"));
+    let mut outputs = Vec::new();
+    for (url, retain) in
+        [(&url, "keep"), (&url, "delete"), (&url, "archive"), (&own, "delete"), (&own, "archive")]
+    {
+        let mut command = bed.command(&["check", "--retain", retain]);
+        outputs.push(command.env("DATABASE_URL", url.as_str()).output().await.expect("it ran"));
+    }
+    let sql = format!("drop owned by {user}; drop role {user}");
+    sqlx::raw_sql(sqlx::AssertSqlSafe(sql)).execute(&bed.pool).await.expect("the role goes");
+    let archive = "ownership of leasehold.outbox_archive, create on schema leasehold";
+    let lacks = [None, Some(""), Some(archive), None, None];
+    for (output, lacks) in outputs.iter().zip(lacks) {
+        let said = text(output);
+        assert!(output.status.success() && said.contains("a worker can claim"), "{said}");
+        assert_eq!(said.contains("the worker's role lacks"), lacks.is_some(), "{said}");
+        if let Some(more) = lacks {
+            let delete = "the worker's role lacks delete on leasehold.outbox_events";
+            assert!(said.contains(delete) && said.contains(more), "{said}");
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn one_event_by_flags_is_delivered() {
     let bed = Bed::new().await;
     let receiver = Receiver::start(|_| (MS, 200)).await;

@@ -10,7 +10,7 @@ use tokio::time::timeout;
 use super::Postgres;
 use super::connect::BEGIN;
 use super::error::{after_send, database, is_of_an_event, text};
-use crate::adapters::store::{NewEvent, Status, StoreError};
+use crate::adapters::store::{NewEvent, Retain, Status, StoreError};
 use crate::machine::StoreFault;
 
 /// What an `enqueue` was doing whose commit had no answer.
@@ -237,6 +237,37 @@ impl Postgres {
     pub async fn server_version(&self) -> Result<String, StoreError> {
         let row = ask(&mut self.connect(true).await?, "show server_version").await;
         row.and_then(|row| row.try_get(0)).map_err(|error| database("connecting", &error))
+    }
+
+    /// The rights that retiring delivered events needs and this role doesn't have.
+    ///
+    /// # Errors
+    /// When the database can't be asked.
+    pub async fn lacks_to_retire(&self, retain: Retain) -> Result<Option<String>, StoreError> {
+        let question = match retain {
+            Retain::Keep => return Ok(None),
+            Retain::Delete(_) => {
+                "select string_agg(need, ', ') from (values
+                     ('delete on leasehold.outbox_events',
+                         has_table_privilege('leasehold.outbox_events', 'delete'))
+                 ) as needs (need, there) where not there"
+            }
+            Retain::Archive(_) => {
+                "select string_agg(need, ', ') from (values
+                     ('delete on leasehold.outbox_events',
+                         has_table_privilege('leasehold.outbox_events', 'delete')),
+                     ('insert on leasehold.outbox_archive',
+                         has_table_privilege('leasehold.outbox_archive', 'insert')),
+                     ('ownership of leasehold.outbox_archive',
+                         (select pg_has_role(relowner, 'usage') from pg_class
+                          where oid = 'leasehold.outbox_archive'::regclass)),
+                     ('create on schema leasehold',
+                         has_schema_privilege('leasehold', 'create'))
+                 ) as needs (need, there) where not there"
+            }
+        };
+        let row = ask(&mut self.connect(true).await?, question).await;
+        row.and_then(|row| row.try_get(0)).map_err(|error| database("looking for rights", &error))
     }
 
     /// A command has but one try, so that it asks every host.
