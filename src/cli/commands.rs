@@ -112,9 +112,14 @@ async fn open(settings: &Settings, create: bool) -> anyhow::Result<Store> {
 
 async fn enqueue(args: &EnqueueArgs, settings: &Settings) -> anyhow::Result<ExitCode> {
     let rules = EnqueueRules { max_attempts: settings.max_attempts, max_payload: settings.max_payload };
-    let lines: Vec<EnqueueLine> = match from_flags(args, rules)? {
-        Some(line) => vec![line],
-        None => {
+    let lines: Vec<EnqueueLine> = match from_flags(args, rules) {
+        Ok(Some(line)) => vec![line],
+        // Wrong flags are bad usage, and a wrong line is a failure at work.
+        Err(error) => {
+            complain(format_args!("leasehold: {error}"));
+            return Ok(EXIT_USAGE.into());
+        }
+        Ok(None) => {
             if io::stdin().is_terminal() {
                 complain("reading one JSON object a line from standard input");
             }

@@ -217,6 +217,27 @@ async fn check_finds_a_right_that_retiring_lacks() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn an_event_that_flags_get_wrong_is_bad_usage() {
+    let bed = Bed::new().await;
+    let good = ["--event-type", "t", "--destination-url", "https://example.com/x", "--payload", "1"];
+    for (at, value, says) in [
+        (1, "a b", "event_type"),
+        (3, "https://@example.com/x", "user info"),
+        (5, "{bad", "payload is not JSON"),
+    ] {
+        let mut flags = good;
+        flags[at] = value;
+        let output = bed.leasehold(&[&["enqueue"], &flags[..]].concat(), None).await;
+        assert_eq!(output.status.code(), Some(2), "{}", text(&output));
+        assert!(text(&output).contains(says), "{}", text(&output));
+    }
+    let flags = [&["enqueue"], &good[..], &["--next-attempt-at", "tomorrow"]].concat();
+    let output = bed.leasehold(&flags, None).await;
+    assert_eq!(output.status.code(), Some(2), "{}", text(&output));
+    assert_eq!(bed.count("true").await, 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn one_event_by_flags_is_delivered() {
     let bed = Bed::new().await;
     let receiver = Receiver::start(|_| (MS, 200)).await;
