@@ -652,27 +652,30 @@ async fn dropping_a_request_discards_what_is_unsent() {
     aborted(Bytes::from(vec![b'x'; 64 << 20])).await;
 }
 
+/// In order, since what it sent was accepted.
 #[tokio::test]
 async fn dropping_a_request_while_its_body_is_drained_closes_its_socket() {
     let listener = StdListener::bind("127.0.0.1:0").unwrap();
     let address = listener.local_addr().unwrap();
-    let gateway = gateway(local());
-    let mut sending = Box::pin(gateway.send_alone(attempt(format!("http://{address}/"))));
-    let (answered, answer) = tokio::sync::oneshot::channel();
+    let (gateway, known) = (gateway(local()), OnceLock::new());
+    let mut sending = Box::pin(gateway.send(attempt(format!("http://{address}/")), || true, &known));
     let peer = tokio::task::spawn_blocking(move || {
         let (mut peer, _) = listener.accept().unwrap();
         peer.peek(&mut [0]).unwrap();
         std::io::Write::write_all(&mut peer, b"HTTP/1.1 200 OK\r\ncontent-length: 9\r\n\r\n").unwrap();
-        answered.send(()).unwrap();
         peer
     });
     tokio::select! {
         result = &mut sending => panic!("{result:?}"),
-        answer = answer => answer.unwrap(),
+        () = async { while known.get().is_none() { tokio::task::yield_now().await } } => {}
     }
-    let peer = peer.await.unwrap();
+    let mut peer = peer.await.unwrap();
     drop(sending);
-    read_to_the_reset(peer);
+    // No task of the runtime runs meanwhile.
+    peer.set_read_timeout(Some(Duration::from_secs(30))).unwrap();
+    let mut request = Vec::new();
+    peer.read_to_end(&mut request).expect("it is closed, and in order");
+    assert!(request.ends_with(&attempt("").message.payload), "and has brought all of it");
 }
 
 // --- TLS --------------------------------------------------------------------------------------------------------------
