@@ -45,6 +45,9 @@ impl Oracle {
     fn away_for_long(&self, worker: u32, at: Micros) -> Option<bool> {
         let book = &self.workers[worker as usize];
         let Some(first) = book.outage.missed else { return Some(false) };
+        if book.outage.refused {
+            return None;
+        }
         let (took, heartbeat) = (at.saturating_sub(first), self.terms_of(worker).heartbeat);
         let error = self.clock_error(worker, first) + book.set_back + LOOSE;
         if took >= heartbeat + error {
