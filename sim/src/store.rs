@@ -509,6 +509,7 @@ impl Store {
                     let spent = match why {
                         ClaimFailure::AttemptsSpent => sim_oracle::Spent::Attempts,
                         ClaimFailure::ReclaimsSpent => sim_oracle::Spent::Reclaims,
+                        ClaimFailure::AtBound => sim_oracle::Spent::Bound,
                     };
                     facts.push(Fact::ClaimFailed { worker, call, event, why: spent, began, locked });
                     failed.push((RowId(i64::from(event)), why));

@@ -14,6 +14,9 @@ pub struct RowId(pub i64);
 pub struct Token(pub i64);
 
 impl Token {
+    /// The largest one that the table takes.
+    pub const BOUND: Self = Self(1 << 62);
+
     /// What a claim issues at that time, unless the row has had as high a one: the clock's milliseconds. So tokens follow
     /// the order of claims, as far as the clock does.
     pub const fn of(late: DbTime) -> Self {

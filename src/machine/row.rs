@@ -8,7 +8,8 @@
 //!            settle retry, release        settle failed
 //! ```
 //! A claim of an expired lease (a *reclaim*) goes from leased to leased under a higher token. A claim that finds the
-//! attempts or the reclaims spent fails the event. Not its job: row locks, batches and clocks (they are the store's).
+//! attempts or the reclaims spent, or a number at its bound, fails the event. Not its job: row locks, batches and clocks
+//! (they are the store's).
 
 use alloc::string::String;
 use core::time::Duration;
@@ -18,6 +19,9 @@ use super::time::{DbClock, DbTime};
 
 /// From this many run-outs on an event is on probation (rule P11).
 pub const PROBATION_RECLAIMS: u32 = 3;
+
+/// The most that the column `reclaims` takes.
+pub const RECLAIMS_BOUND: u32 = 1_000_000_000;
 
 /// Delivery status, as in the column `delivery_status`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -101,17 +105,19 @@ pub enum ClaimAnswer {
         /// Whether the previous lease ran out unsettled.
         reclaimed: bool,
     },
-    /// The event's attempts or reclaims are spent: failed by the claim, without a request.
+    /// The event's attempts or reclaims are spent, or a number is at its bound: failed by the claim, without a request.
     Failed(ClaimFailure),
 }
 
-/// Why a claim failed an event (rules P1 and P11).
+/// Why a claim failed an event (rules P1, P9 and P11).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum ClaimFailure {
     /// `attempts` has reached the limit.
     AttemptsSpent,
     /// Its leases ran out more often than `RECLAIM_LIMIT`: it keeps killing workers.
     ReclaimsSpent,
+    /// `lease_token` or `reclaims` would pass what the table takes, and with it the claim of all others fail.
+    AtBound,
 }
 
 impl ClaimFailure {
@@ -122,6 +128,7 @@ impl ClaimFailure {
             Self::ReclaimsSpent => {
                 "reclaim limit: the lease ran out unsettled too often, so this event may be killing workers"
             }
+            Self::AtBound => "lease_token or reclaims is at its bound: nothing can claim it",
         }
     }
 }
@@ -212,24 +219,28 @@ impl Row {
     /// **P1** claim, **P11** poison.
     ///
     /// A claim that fails an event raises the token only if it takes the row from an owner: that owner's late settle
-    /// must be refused, whereas a repeat of a settle that landed must still be answered *ended*.
+    /// must be refused, whereas a repeat of a settle that landed must still be answered *ended*. No lease is granted under
+    /// the last token, so that there is one left for that.
     pub fn claim(&mut self, now: DbClock, owner: &WorkerId, terms: &ClaimTerms) -> ClaimAnswer {
         if !terms.valid(now.early.max(now.late)) || !self.eligible(now.early, terms) {
             return ClaimAnswer::NotEligible;
         }
         let reclaimed = self.lease.is_some();
         let next_token = self.token.next().max(Token::of(now.late));
-        self.reclaims = self.reclaims.saturating_add(u32::from(reclaimed));
+        let reclaims = self.reclaims.saturating_add(u32::from(reclaimed));
         let spent = if self.attempts >= Self::attempt_limit(self.max_attempts, terms.retry_budget) {
             Some(ClaimFailure::AttemptsSpent)
-        } else if terms.reclaim_limit > 0 && self.reclaims > terms.reclaim_limit {
+        } else if terms.reclaim_limit > 0 && reclaims > terms.reclaim_limit {
             Some(ClaimFailure::ReclaimsSpent)
+        } else if next_token >= Token::BOUND || reclaims > RECLAIMS_BOUND {
+            Some(ClaimFailure::AtBound)
         } else {
             None
         };
+        self.reclaims = reclaims.min(RECLAIMS_BOUND);
         if let Some(failure) = spent {
             if reclaimed {
-                self.token = next_token;
+                self.token = next_token.min(Token::BOUND);
             }
             self.status = Status::Failed;
             self.lease = None;

@@ -28,6 +28,20 @@ fn states() -> Vec<(&'static str, Row)> {
             "leased by a, expired, one reclaim left",
             Row { lease: leased("a", -3), reclaims: 3, ..base.clone() },
         ),
+        ("due, one token left", Row { token: Token(Token::BOUND.0 - 1), ..base.clone() }),
+        ("due, lease_token at its bound", Row { token: Token::BOUND, ..base.clone() }),
+        (
+            "leased by a, expired, one token left",
+            Row { lease: leased("a", -3), token: Token(Token::BOUND.0 - 1), ..base.clone() },
+        ),
+        (
+            "leased by a, expired, lease_token at its bound",
+            Row { lease: leased("a", -3), token: Token::BOUND, ..base.clone() },
+        ),
+        (
+            "leased by a, expired, reclaims at their bound",
+            Row { lease: leased("a", -3), reclaims: 1_000_000_000, ..base.clone() },
+        ),
         ("leased by b, live", Row { lease: leased("b", 10), ..base.clone() }),
         ("delivered", Row { status: Status::Delivered, delivered_at: Some(at(-5)), ..base.clone() }),
         ("failed", Row { status: Status::Failed, ..base }),

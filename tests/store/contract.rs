@@ -51,6 +51,7 @@ on_both! {
     the_retry_budget_limits_attempts
     the_reclaim_limit_fails_in_the_claim
     limits_at_their_ends
+    a_number_at_its_bound_harms_no_other_event
     an_oversized_payload_is_granted_but_not_sent
     a_url_that_is_too_long_harms_no_other_event
     a_claim_stops_at_eight_mebibytes
@@ -542,6 +543,56 @@ async fn limits_at_their_ends<B: Bed>(bed: &B) {
     request.limit = u32::MAX;
     request.share = u32::MAX;
     assert_eq!(ids(&bed.claim(request).await), [row]);
+}
+
+/// A claim would raise them past what the table takes, and fail as a whole at each try.
+async fn a_number_at_its_bound_harms_no_other_event<B: Bed>(bed: &B) {
+    let now = bed.now();
+    let new = || Model::new(20, now);
+    let at = |token| Model { token, ..new() };
+    let one_left = Token(Token::BOUND.0 - 1);
+    let ran_out = |row: Model| Model { lease: leased("gone", now), ..row };
+    let reclaims = |reclaims| Model { reclaims, ..new() };
+    // On probation, which is locked at another place in the claim.
+    let suspect = |row: Model| Model { reclaims: 3, ..row };
+    let bad = [
+        (at(Token::BOUND), Token::BOUND, 0),
+        (at(one_left), one_left, 0),
+        (ran_out(at(Token::BOUND)), Token::BOUND, 1),
+        (ran_out(at(one_left)), Token::BOUND, 1),
+        (suspect(at(Token::BOUND)), Token::BOUND, 3),
+        (suspect(ran_out(at(Token::BOUND))), Token::BOUND, 4),
+        (ran_out(reclaims(1_000_000_000)), Token(now.after(GRACE).as_millis()), 1_000_000_000),
+    ];
+    bed.pass(GRACE).await;
+    for (reclaim_limit, search) in [(0, true), (100, true), (0, false)] {
+        for (row, token, reclaims) in bad.clone() {
+            if row.lease.is_some() && !search {
+                continue;
+            }
+            let id = bed.insert(A, "{}", &row).await;
+            let (other, good) = (bed.insert(A, "{}", &ran_out(new())).await, bed.due().await);
+            let mut request = bed.request("w");
+            (request.terms.reclaim_limit, request.terms.expired) = (reclaim_limit, search);
+            let claimed = bed.claim(request).await;
+            let expected = if search { vec![other, good] } else { vec![good] };
+            assert_eq!(ids(&claimed), expected, "beside {row:?}");
+            let why = if reclaim_limit > 0 && row.reclaims > reclaim_limit {
+                ClaimFailure::ReclaimsSpent
+            } else {
+                ClaimFailure::AtBound
+            };
+            assert_eq!(claimed.reply.failed, [(RowId(id), why)]);
+            let last_error = Some(why.last_error().to_owned());
+            let failed = Model { status: Status::Failed, lease: None, token, reclaims, last_error, ..row };
+            assert_eq!(bed.row(id).await, failed);
+            bed.run(&format!("delete from {}", bed.table())).await.unwrap();
+        }
+    }
+    // The last numbers below their bounds are good.
+    let last = Model { token: Token(one_left.0 - 1), ..reclaims(1_000_000_000) };
+    let last = bed.insert(A, "{}", &Model { next_attempt_at: bed.now(), ..last }).await;
+    assert_eq!(bed.take("w").await, [key(last, one_left)]);
 }
 
 pub(crate) fn json_of(bytes: u64) -> String {

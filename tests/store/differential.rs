@@ -72,6 +72,7 @@ pub(crate) struct Start {
     pub(crate) max_attempts: u32,
     pub(crate) attempts: u32,
     pub(crate) reclaims: u32,
+    pub(crate) token: Token,
     pub(crate) second: bool,
     pub(crate) delay: u64,
 }
@@ -79,7 +80,8 @@ pub(crate) struct Start {
 impl Start {
     pub(crate) fn row(&self, now: DbTime) -> Model {
         let due = now.after(Duration::from_micros(self.delay));
-        Model { attempts: self.attempts, reclaims: self.reclaims, ..Model::new(self.max_attempts, due) }
+        let Self { attempts, reclaims, token, .. } = *self;
+        Model { attempts, reclaims, token, ..Model::new(self.max_attempts, due) }
     }
 }
 
@@ -136,15 +138,22 @@ fn step() -> impl Strategy<Value = Step> {
 }
 
 pub(crate) fn start() -> impl Strategy<Value = Start> {
-    (1_u32..6, 0_u32..3, 0_u32..5, any::<bool>(), prop_oneof![Just(0_u64), 0_u64..2_000_000]).prop_map(
-        |(max_attempts, attempts, reclaims, second, delay)| Start {
+    (
+        1_u32..6,
+        0_u32..3,
+        prop_oneof![19 => 0_u32..5, 1 => Just(1_000_000_000)],
+        prop_oneof![19 => Just(0), 1 => Token::BOUND.0 - 3..=Token::BOUND.0].prop_map(Token),
+        any::<bool>(),
+        prop_oneof![Just(0_u64), 0_u64..2_000_000],
+    )
+        .prop_map(|(max_attempts, attempts, reclaims, token, second, delay)| Start {
             max_attempts,
             attempts,
             reclaims,
+            token,
             second,
             delay,
-        },
-    )
+        })
 }
 
 pub(crate) fn worker(owner: u8) -> WorkerId {
@@ -285,7 +294,7 @@ fn answer_name(operation: &'static str, answer: Answer) -> &'static str {
 
 const PASSED_OVER: &str = "an expired lease passed over";
 
-const EVERYTHING: [&str; 28] = [
+const EVERYTHING: [&str; 30] = [
     "renew applied",
     "renew ended",
     "renew refused",
@@ -310,6 +319,8 @@ const EVERYTHING: [&str; 28] = [
     "attempts spent",
     "attempts spent, taken from an owner",
     "reclaims spent",
+    "at a bound",
+    "at a bound, taken from an owner",
     "nothing claimed",
     PASSED_OVER,
     "owned some",
@@ -480,6 +491,8 @@ fn model(rows: &mut Rows, clock: DbClock, request: &Request, seen: &mut Seen) ->
                             (ClaimFailure::AttemptsSpent, false) => "attempts spent",
                             (ClaimFailure::AttemptsSpent, true) => "attempts spent, taken from an owner",
                             (ClaimFailure::ReclaimsSpent, _) => "reclaims spent",
+                            (ClaimFailure::AtBound, false) => "at a bound",
+                            (ClaimFailure::AtBound, true) => "at a bound, taken from an owner",
                         });
                         failed.insert((RowId(stored.id), why));
                     }
@@ -543,7 +556,7 @@ async fn play<T: Bed>(
         bed.insert(if start.second { B } else { A }, "{}", &row).await;
     }
     let rows = bed.rows().await;
-    let tokens = rows.iter().map(|_| vec![Token(0)]).collect();
+    let tokens = starts.iter().map(|start| vec![start.token]).collect();
     let mut rows = Rows { rows, tokens };
     for (number, step) in steps.iter().enumerate() {
         let Some(mut request) = request_of(step, &rows, bed.now()) else { continue };

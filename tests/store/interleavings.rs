@@ -87,7 +87,8 @@ enum Step {
 
 /// Mostly rows that are claimed and reclaimed again and again.
 fn row() -> impl Strategy<Value = Start> {
-    let healthy = |second| Start { max_attempts: 20, attempts: 0, reclaims: 0, second, delay: 0 };
+    let healthy =
+        |second| Start { max_attempts: 20, attempts: 0, reclaims: 0, token: Token(0), second, delay: 0 };
     prop_oneof![2 => any::<bool>().prop_map(healthy), 1 => start()]
 }
 
@@ -782,7 +783,7 @@ async fn play(real: &mut Real<'_>, starts: &[Start], steps: &[Step], seen: &mut 
         bed.insert(if start.second { B } else { A }, "{}", &row).await;
         sim.insert(row, u16::from(start.second), Payload::Small);
     }
-    let tokens = starts.iter().map(|_| vec![Token(0)]).collect();
+    let tokens = starts.iter().map(|start| vec![start.token]).collect();
     let (sessions, outside, dropped) = ([None, None], BTreeSet::new(), BTreeMap::new());
     let mut pair = Pair { real, sim, sessions, outside, tokens, commits: 0, dropped, seen };
     for (number, step) in steps.iter().enumerate() {

@@ -124,6 +124,7 @@ pub(crate) fn claim_query(
         .bind(String::new())
         .bind(1_000_i32)
         .bind(65_536_i32)
+        .bind(ClaimFailure::AtBound.last_error())
 }
 
 /// Thousands of delivered, leased and future rows; a few that are due.
@@ -170,13 +171,13 @@ async fn explain_claim(bed: &Pg, limit: u32, share: u32, full: &str, claim: Clai
     let claim = if claim == Claim::Front { claim_of_front(CLAIM) } else { CLAIM.to_owned() };
     let prepare = format!(
         "prepare claim (text, bigint, bigint, bool, text, int, int, int, int, int, text[], int[], bigint, bigint, text,
-             text, bigint, bigint, bigint, bigint, text, text, int, int) as {claim}"
+             text, bigint, bigint, bigint, bigint, text, text, int, int, text) as {claim}"
     );
     sqlx::raw_sql(AssertSqlSafe(prepare)).execute(&mut connection).await.unwrap();
     let execute = format!(
         "explain (analyze, buffers, format json) execute claim ('w', 2000000, 200000, {search}, '{}', 100, 0, {limit}, 1,
              {share}, '{{{full}}}', '{{{}}}', {MAX_PAYLOAD}, 8388608, 'attempts', 'reclaims',
-             {from}, null, '', '', 1000, 65536)",
+             {from}, null, '', '', 1000, 65536, 'bound')",
         bed.incarnation().as_str(),
         if full.is_empty() { "" } else { "0" },
     );

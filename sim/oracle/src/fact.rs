@@ -69,6 +69,8 @@ pub enum Spent {
     Attempts,
     /// Its run-outs.
     Reclaims,
+    /// The numbers that its columns take.
+    Bound,
 }
 
 /// What a response asked for in `Retry-After`, as the gateway parsed it.

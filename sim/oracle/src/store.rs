@@ -360,7 +360,19 @@ impl Oracle {
     pub(crate) fn claim_failed(&mut self, claim: Claim, why: Spent) -> Verdict {
         let Claim { worker, call, event, began, .. } = claim;
         self.late_commit(call);
-        let change = if why == Spent::Attempts { Change::FailAttempts } else { Change::FailReclaims };
+        let change = match why {
+            Spent::Attempts => Change::FailAttempts,
+            Spent::Reclaims => Change::FailReclaims,
+            Spent::Bound => {
+                ensure!(
+                    self,
+                    S6,
+                    false,
+                    "a claim failed event {event} for a bound that no number comes near"
+                );
+                return Ok(());
+            }
+        };
         self.met(event, began, change);
         if self.claimable(claim, false)? {
             // Taken from an owner: the token rose, to a number that nobody is told.
@@ -397,6 +409,7 @@ impl Oracle {
                 );
                 self.stats.saw(Sometimes::ClaimReclaimsSpent);
             }
+            Spent::Bound => {}
         }
         self.move_to(event, Status::Failed);
         Ok(())

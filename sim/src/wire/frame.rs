@@ -95,7 +95,9 @@ as_other! {
     DestinationKey as String: |it| it.as_str().to_owned(), DestinationKey::new;
     Incarnation as String: |it| it.as_str().to_owned(), Incarnation::new;
     Answer as u8: |it| *it as u8, |it| pick(&[Answer::Applied, Answer::Ended, Answer::Refused, Answer::Skipped], it);
-    ClaimFailure as u8: |it| *it as u8, |it| pick(&[ClaimFailure::AttemptsSpent, ClaimFailure::ReclaimsSpent], it);
+    ClaimFailure as u8: |it| *it as u8, |it| pick(
+        &[ClaimFailure::AttemptsSpent, ClaimFailure::ReclaimsSpent, ClaimFailure::AtBound], it
+    );
 }
 
 fn pick<T: Copy>(of: &[T], at: u8) -> T {

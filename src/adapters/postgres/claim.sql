@@ -5,6 +5,7 @@
 -- are passed over, $19 the token below which leases are, $20 the time in microseconds after which it is too late to
 -- begin, or to have its locks: this takes nothing then (rule P7). $21 the destination behind which the walk over those
 -- beyond the front goes on, $22 the one at which its lap ends, $23 how many it comes to at most. $24 longest URL.
+-- $25 error of what it fails for a number at its bound.
 --
 -- Mostly there is nothing to be claimed but the front of the queue. The statement for that is this one without what stands
 -- between `--[` and `--]`, and with what stands behind `--|` in its place: should there be more, it takes nothing and says
@@ -87,7 +88,7 @@ probation as materialized (
 -- that was claimed since the oldest transaction still open began: until it ends, their index entries stay.
 fresh as materialized (
     select id, destination_key, next_attempt_at, payload_bytes as bytes, 2 as turn, false as probation,
-        attempts, max_attempts, reclaims, false as reclaimed, ctid as version
+        attempts, max_attempts, reclaims, lease_token, false as reclaimed, ctid as version
     from leasehold.outbox_events
     where delivery_status = 'pending' and lease_owner is null and reclaims < 3
         and next_attempt_at <= leasehold.early_now()
@@ -99,10 +100,12 @@ fresh as materialized (
 ),
 --[
 found as materialized (
-    -- Of what isn't locked yet, the last five are read when it is.
-    select *, 0 as attempts, 0 as max_attempts, 0 as reclaims, false as reclaimed, null::tid as version from probation
+    -- Of what isn't locked yet, the last six are read when it is.
+    select *, 0 as attempts, 0 as max_attempts, 0 as reclaims, 0::bigint as lease_token, false as reclaimed,
+        null::tid as version
+    from probation
     union all
-    select *, 0, 0, 0, false, null from expired
+    select *, 0, 0, 0, 0, false, null from expired
     union all
     select * from fresh
 ),
@@ -128,13 +131,13 @@ beyond as materialized (
 ),
 --[
 first_picked as (
-    select id, destination_key, next_attempt_at, bytes, turn, probation, attempts, max_attempts, reclaims, reclaimed,
-        version
+    select id, destination_key, next_attempt_at, bytes, turn, probation, attempts, max_attempts, reclaims, lease_token,
+        reclaimed, version
     from found
     where destination_key <> all (array(select destination_key from crowded))
     union all
-    select id, destination_key, next_attempt_at, bytes, turn, probation, attempts, max_attempts, reclaims, reclaimed,
-        version
+    select id, destination_key, next_attempt_at, bytes, turn, probation, attempts, max_attempts, reclaims, lease_token,
+        reclaimed, version
     from (
         select found.*, room,
             row_number() over (partition by destination_key order by turn, next_attempt_at, id) as nth
@@ -189,7 +192,8 @@ more as materialized (
     from destinations
     cross join seats
     cross join lateral (
-        select id, next_attempt_at, payload_bytes as bytes, attempts, max_attempts, reclaims, ctid as version
+        select id, next_attempt_at, payload_bytes as bytes, attempts, max_attempts, reclaims, lease_token,
+            ctid as version
         from leasehold.outbox_events
         where delivery_status = 'pending' and lease_owner is null and reclaims < 3
             and next_attempt_at <= leasehold.early_now()
@@ -220,7 +224,7 @@ walk as materialized (
 -- Leases and events on probation had to be ranked before they could be locked. What others have locked is left out;
 -- what changed since is seen as it is now.
 ranked as materialized (
-    select event.id, event.attempts, event.max_attempts, event.next_attempt_at, event.reclaims,
+    select event.id, event.attempts, event.max_attempts, event.next_attempt_at, event.reclaims, event.lease_token,
         event.lease_owner is not null as reclaimed, event.payload_bytes as bytes, event.ctid as version
     from leasehold.outbox_events as event
     where event.id = any (array(select id from first_picked where turn < 2))
@@ -239,11 +243,11 @@ ranked as materialized (
 ),
 -- No payload goes through the steps: only its size.
 locked as (
-    select id, attempts, max_attempts, next_attempt_at, reclaims, reclaimed, bytes, version
+    select id, attempts, max_attempts, next_attempt_at, reclaims, lease_token, reclaimed, bytes, version
     from first_picked
     where turn = 2
     union all
-    select id, attempts, max_attempts, next_attempt_at, reclaims, false, bytes, version from more
+    select id, attempts, max_attempts, next_attempt_at, reclaims, lease_token, false, bytes, version from more
     union all
     select * from ranked
 ),
@@ -274,6 +278,9 @@ granted as (
         case
             when attempts >= case when $7 = 0 then max_attempts else least(max_attempts, $7::bigint + 1) end then 'attempts'
             when $6 > 0 and reclaims + reclaimed::int > $6 then 'reclaims'
+            -- The table would refuse what comes next, and with it all that this claims. The last token is left for a
+            -- claim that fails the event.
+            when lease_token + 1 >= 4611686018427387904 or reclaims + reclaimed::int > 1000000000 then 'bound'
         end as spent
     --[
     from sized as pick
@@ -289,13 +296,15 @@ claimed as (
     update leasehold.outbox_events as event set
         lease_token = case
             when spent is not null and not reclaimed then event.lease_token
-            else greatest(event.lease_token + 1, (select millis from clock))
+            else least(greatest(event.lease_token + 1, (select millis from clock)), 4611686018427387904)
         end,
         lease_owner = case when spent is null then $1 end,
         lease_until = case when spent is null then (select until from clock) end,
-        reclaims = event.reclaims + reclaimed::int,
+        reclaims = least(event.reclaims + reclaimed::int, 1000000000),
         delivery_status = case when spent is null then 'pending' else 'failed' end,
-        last_error = case spent when 'attempts' then $15 when 'reclaims' then $16 else event.last_error end,
+        last_error = case spent
+            when 'attempts' then $15 when 'reclaims' then $16 when 'bound' then $25 else event.last_error
+        end,
         updated_at = (select late from clock)
     from granted
     where event.ctid = granted.version

@@ -227,6 +227,7 @@ impl Postgres {
             .bind(walk.end.clone())
             .bind(count(WALK))
             .bind(i32::try_from(LONGEST_URL).unwrap_or(i32::MAX))
+            .bind(ClaimFailure::AtBound.last_error())
     }
 
     async fn any_pending(&self) -> Result<bool, StoreFault> {

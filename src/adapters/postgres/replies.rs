@@ -107,7 +107,8 @@ pub(super) fn read_claim(rows: &[PgRow]) -> Result<Claimed, sqlx::Error> {
     for (_, id, row) in found {
         match row.try_get::<Option<&str>, _>("spent")? {
             Some("attempts") => reply.failed.push((RowId(id), ClaimFailure::AttemptsSpent)),
-            Some(_) => reply.failed.push((RowId(id), ClaimFailure::ReclaimsSpent)),
+            Some("reclaims") => reply.failed.push((RowId(id), ClaimFailure::ReclaimsSpent)),
+            Some(_) => reply.failed.push((RowId(id), ClaimFailure::AtBound)),
             None => {
                 let key = LeaseKey { row: RowId(id), token: Token(row.try_get("lease_token")?) };
                 let (grant, message) = read_event(row, key);

@@ -11,8 +11,8 @@ use sqlx::{Row as _, SqliteConnection};
 use super::{INCARNATION, Sqlite, micros, text};
 use crate::adapters::store::{CLAIM_BYTES, LONGEST_URL, WALK, Walk, malformed, url_too_long};
 use crate::machine::{
-    ClaimFailure, ClaimReply, ClaimRequest, DbTime, DestinationKey, Grant, Incarnation, LeaseKey, Row, RowId,
-    Token, Unsendable,
+    ClaimFailure, ClaimReply, ClaimRequest, DbTime, DestinationKey, Grant, Incarnation, LeaseKey,
+    RECLAIMS_BOUND, Row, RowId, Token, Unsendable,
 };
 use crate::ports::{Claimed, Message};
 
@@ -290,15 +290,18 @@ async fn take(
     let (id, attempts, max_attempts) = (number("id")?, number("attempts")?, number("max_attempts")?);
     let reclaimed: bool = row.try_get("reclaimed")?;
     let reclaims = number("reclaims")? + i64::from(reclaimed);
-    let token = (number("lease_token")? + 1).max(now.as_millis());
+    let token = Token(number("lease_token")?).next().max(Token::of(now));
     let max_attempts = u32::try_from(max_attempts).unwrap_or(u32::MAX);
     let spent = if attempts >= i64::from(Row::attempt_limit(max_attempts, request.terms.retry_budget)) {
         Some(ClaimFailure::AttemptsSpent)
     } else if request.terms.reclaim_limit > 0 && reclaims > i64::from(request.terms.reclaim_limit) {
         Some(ClaimFailure::ReclaimsSpent)
+    } else if token >= Token::BOUND || reclaims > i64::from(RECLAIMS_BOUND) {
+        Some(ClaimFailure::AtBound)
     } else {
         None
     };
+    let (token, reclaims) = (token.min(Token::BOUND), reclaims.min(i64::from(RECLAIMS_BOUND)));
     let query = match spent {
         Some(failure) => sqlx::query(
             "update outbox_events set delivery_status = 'failed', lease_owner = null, lease_until = null,
@@ -306,7 +309,7 @@ async fn take(
         )
         .bind(id)
         .bind(reclaims)
-        .bind(token)
+        .bind(token.0)
         .bind(reclaimed)
         .bind(failure.last_error()),
         None => sqlx::query(
@@ -315,12 +318,12 @@ async fn take(
         )
         .bind(id)
         .bind(reclaims)
-        .bind(token)
+        .bind(token.0)
         .bind(request.owner.as_str().to_owned())
         .bind(now.after(request.terms.lease).as_micros()),
     };
     query.bind(now.as_micros()).execute(connection).await?;
-    Ok(spent.map_or(Ok(LeaseKey { row: RowId(id), token: Token(token) }), Err))
+    Ok(spent.map_or(Ok(LeaseKey { row: RowId(id), token }), Err))
 }
 
 /// Reads one event; what doesn't decode makes this event unsendable and harms no other (rule P6).

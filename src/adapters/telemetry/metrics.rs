@@ -107,7 +107,7 @@ impl Metrics {
         for end in [Settled, Lost, Fenced, Drained, Abandoned] {
             self.heartbeats_ended.get_or_create(&why(end)).inc_by(0);
         }
-        for spent in [ClaimFailure::AttemptsSpent, ClaimFailure::ReclaimsSpent] {
+        for spent in [ClaimFailure::AttemptsSpent, ClaimFailure::ReclaimsSpent, ClaimFailure::AtBound] {
             self.failed_by_claim.get_or_create(&what(spent)).inc_by(0);
         }
         for call in [StoreCall::Claim, StoreCall::Renew, StoreCall::Settle, StoreCall::Owned] {
@@ -181,6 +181,7 @@ fn what(spent: ClaimFailure) -> [Label; 1] {
     let spent = match spent {
         ClaimFailure::AttemptsSpent => "attempts",
         ClaimFailure::ReclaimsSpent => "reclaims",
+        ClaimFailure::AtBound => "bound",
     };
     [("spent", spent)]
 }

@@ -61,4 +61,5 @@ fn texts_for_logs_and_last_error_name_what_they_are_about() {
     assert_eq!(StoreFault::Permanent { error: "23514".into() }.to_string(), "refused for good: 23514");
     assert!(ClaimFailure::AttemptsSpent.last_error().starts_with("attempts spent"));
     assert!(ClaimFailure::ReclaimsSpent.last_error().starts_with("reclaim limit"));
+    assert!(ClaimFailure::AtBound.last_error().starts_with("lease_token or reclaims is at its bound"));
 }
