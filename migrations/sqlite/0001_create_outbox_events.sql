@@ -1,4 +1,6 @@
 -- The outbox on SQLite: same columns, same words; times in integer microseconds since the Unix epoch.
+-- Producers insert with an SQLite of their own, so that nothing here may need more than 3.38. SQLite's clock gives
+-- milliseconds: rounded to them, `julianday` is exact.
 create table outbox_events (
     -- Delivered events may be deleted, and their ids must not come again.
     id integer primary key autoincrement,
@@ -12,7 +14,7 @@ create table outbox_events (
     delivery_status text not null default 'pending',
     attempts integer not null default 0,
     max_attempts integer not null default 20,
-    next_attempt_at integer default (cast(unixepoch('subsec') * 1000000 as integer)),
+    next_attempt_at integer default (cast(round((julianday('now') - 2440587.5) * 86400000) as integer) * 1000),
     lease_owner text,
     lease_until integer,
     lease_token integer not null default 0,
@@ -38,8 +40,8 @@ create table outbox_events (
     last_error text,
     last_status integer,
     delivered_at integer,
-    created_at integer not null default (cast(unixepoch('subsec') * 1000000 as integer)),
-    updated_at integer not null default (cast(unixepoch('subsec') * 1000000 as integer)),
+    created_at integer not null default (cast(round((julianday('now') - 2440587.5) * 86400000) as integer) * 1000),
+    updated_at integer not null default (cast(round((julianday('now') - 2440587.5) * 86400000) as integer) * 1000),
 
     constraint event_id_is_visible_ascii check (length(event_id) between 1 and 255 and event_id not glob '*[^!-~]*'),
     constraint event_type_is_visible_ascii check (

@@ -595,6 +595,24 @@ async fn a_number_at_its_bound_harms_no_other_event<B: Bed>(bed: &B) {
     assert_eq!(bed.take("w").await, [key(last, one_left)]);
 }
 
+/// Applications bring an SQLite of their own, and before 3.42, as on Debian 12, `unixepoch('subsec')` is null.
+#[test]
+fn the_defaults_on_sqlite_need_no_new_version() {
+    let table = include_str!("../../migrations/sqlite/0001_create_outbox_events.sql");
+    assert!(!table.contains("unixepoch"));
+    on_sqlite(async |bed| {
+        // Within one statement it is always the same time.
+        bed.run(
+            "insert into outbox_events (event_type, destination_url, payload, delivered_at)
+             values ('t', 'https://a.example', '{}', cast(round(unixepoch('subsec') * 1000) as integer) * 1000)",
+        )
+        .await
+        .unwrap();
+        let row = &bed.rows().await[0].row;
+        assert_eq!(Some(row.next_attempt_at), row.delivered_at);
+    });
+}
+
 pub(crate) fn json_of(bytes: u64) -> String {
     format!("\"{}\"", "x".repeat(usize::try_from(bytes).unwrap() - 2))
 }
