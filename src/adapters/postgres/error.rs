@@ -25,12 +25,21 @@ fn by_sqlstate(code: &str, error: String) -> StoreFault {
     }
 }
 
+/// What the server says, with what to do where a pooler says it.
+fn said(code: &str, message: &str) -> String {
+    // `options` carries what bounds the statements: to have the pooler ignore it would be to lose that.
+    let hint = if code == "08P01" && message.starts_with("unsupported startup parameter") {
+        ": this is a pooler; set LEASEHOLD_PREPARED_STATEMENTS=false (prepared_statements in leasehold.toml)"
+    } else {
+        ""
+    };
+    format!("{code} {message}{hint}")
+}
+
 /// The text of an error without anything of a row: of what the server says, code and message, never the detail.
 pub(super) fn text(error: &sqlx::Error) -> String {
     match error {
-        sqlx::Error::Database(error) => {
-            format!("{} {}", error.code().as_deref().unwrap_or("-----"), error.message())
-        }
+        sqlx::Error::Database(error) => said(error.code().as_deref().unwrap_or("-----"), error.message()),
         sqlx::Error::Io(error) => format!("connection: {error}"),
         sqlx::Error::PoolTimedOut => "no connection within store_timeout".into(),
         sqlx::Error::Tls(error) => format!("TLS: {error}"),
@@ -123,6 +132,18 @@ mod tests {
         ] {
             assert_eq!(kind(code), meaning, "{code}");
         }
+    }
+
+    #[test]
+    fn what_a_pooler_refuses_comes_with_what_to_do() {
+        // Of pgbouncer up to 1.19 and from 1.20 on.
+        for refusal in
+            ["unsupported startup parameter: options", "unsupported startup parameter in options: jit"]
+        {
+            let text = said("08P01", refusal);
+            assert!(text.contains(refusal) && text.contains("LEASEHOLD_PREPARED_STATEMENTS=false"), "{text}");
+        }
+        assert_eq!(said("08P01", "no such database"), "08P01 no such database");
     }
 
     #[test]

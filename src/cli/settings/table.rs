@@ -81,7 +81,7 @@ const fn setting(
 #[rustfmt::skip]
 pub const SETTINGS: &[Setting] = &[
     setting("database_url", Kind::DatabaseUrl, None, "Where the outbox is: postgres://… (several hosts allowed) or sqlite://file"),
-    setting("prepared_statements", Kind::Bool, Some("true"), "Off for poolers in transaction mode that don't keep them"),
+    setting("prepared_statements", Kind::Bool, Some("true"), "Off behind poolers in transaction mode, and any that refuse the startup parameter `options`, as pgbouncer"),
     setting("worker_name", Kind::Text, None, "Names the worker; default: the host name. The worker id is this and a random suffix"),
     setting("lease", Kind::Duration, Some("30s"), "L: how long a claim holds; 1s to 24h, on SQLite at least 2s"),
     setting("heartbeat", Kind::Duration, None, "H: how often a held lease is renewed; default: lease / 3"),
