@@ -66,6 +66,7 @@ on_both! {
     migrating_again_changes_nothing
     many_migrate_at_once
     an_empty_database_is_a_schema_error
+    migrating_a_damaged_schema_says_so
     constraints_hold
     destination_keys
     errors_are_cleaned
@@ -861,6 +862,12 @@ async fn an_empty_database_is_a_schema_error<B: Bed>(bed: &B) {
     bed.check_schema().await.unwrap();
     let refused = bed.check_schema_of_an_empty_database().await;
     assert!(matches!(refused, Err(StoreError::Schema { .. })), "{refused:?}");
+}
+
+async fn migrating_a_damaged_schema_says_so<B: Bed>(bed: &B) {
+    bed.run(&format!("drop table {}", bed.table())).await.unwrap();
+    let error = bed.migrate().await.expect_err("the table is gone").to_string();
+    assert!(error.contains("damaged") && error.contains(bed.table()), "{error}");
 }
 
 async fn constraints_hold<B: Bed>(bed: &B) {

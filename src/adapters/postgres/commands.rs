@@ -123,6 +123,16 @@ impl Postgres {
                 .await
                 .map_err(|error| database(DOING, &error))?;
         }
+        // Dropped or never restored: the commands that miss it send here.
+        let table = run("select to_regclass('leasehold.outbox_events') is not null")
+            .fetch_one(&mut *transaction)
+            .await;
+        if !table.and_then(|row| row.try_get::<bool, _>(0)).map_err(|error| database(DOING, &error))? {
+            let error = "the schema is damaged: leasehold.migrations says that it is set up, and \
+                leasehold.outbox_events is missing. Restore that table from a backup; or, if nothing in the schema is \
+                needed any more (its archive included), `drop schema leasehold cascade`, and migrate again";
+            return Err(StoreError::Database { doing: DOING, error: error.into() });
+        }
         transaction.commit().await.map_err(|error| database(DOING, &error))
     }
 

@@ -181,7 +181,8 @@ impl Sqlite {
     /// # Errors
     /// When the file can't be written.
     pub async fn migrate(&self) -> Result<(), StoreError> {
-        let doing = |error| database("migrating", &error);
+        const DOING: &str = "migrating";
+        let doing = |error| database(DOING, &error);
         let mut write = self.write(false).await.map_err(doing)?;
         let connection = &mut *write.transaction;
         sqlx::raw_sql("create table if not exists leasehold_migrations (version integer primary key)")
@@ -203,6 +204,14 @@ impl Sqlite {
                     .await
                     .map_err(doing)?;
             }
+        }
+        // Dropped or never restored: the commands that miss it send here.
+        let table =
+            sqlx::query_scalar("select exists (select 1 from sqlite_schema where name = 'outbox_events')");
+        if !table.fetch_one(&mut *connection).await.map_err(doing)? {
+            let error = "the schema is damaged: leasehold_migrations says that it is set up, and outbox_events is \
+                missing. Restore the file from a backup; or `drop table leasehold_migrations`, and migrate again";
+            return Err(StoreError::Database { doing: DOING, error: error.into() });
         }
         write.transaction.commit().await.map_err(doing)
     }
