@@ -7,4 +7,5 @@ mod commands;
 mod common;
 mod compatibility;
 mod leases;
+mod readme;
 mod signals;
