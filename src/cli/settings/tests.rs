@@ -266,8 +266,8 @@ fn defaults_follow_what_is_given() {
         (
             [("max_in_flight", "0"), ("claim_batch", "0")],
             &[
-                "--max-in-flight is \"0\"; allowed is 1 or more",
-                "--claim-batch is \"0\"; allowed is 1 or more",
+                "--max-in-flight is \"0\"; allowed is 1 to 1000000",
+                "--claim-batch is \"0\"; allowed is 1 to 1000000",
             ][..],
         ),
         (
