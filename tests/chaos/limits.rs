@@ -213,6 +213,8 @@ async fn what_a_worker_that_is_gone_had_claimed_is_unlocked() {
     const FREE: &str = "select count(*) from (
         select from leasehold.outbox_events where delivery_status = 'pending' and lease_owner is null
         for update skip locked) as free";
+    // Looking for locks would take some, and the claim what is left: less than the kernel keeps.
+    const UNREAD: &str = "select count(*) from pg_stat_activity where wait_event = 'ClientWrite'";
     let _alone = ALONE.lock().await;
     let (mut ground, mut server) = Ground::new().await;
     // A socket of the file system has no such limit.
@@ -229,7 +231,8 @@ async fn what_a_worker_that_is_gone_had_claimed_is_unlocked() {
     network.set(Weather::NoLongAnswers);
     // More than what the kernel keeps of an answer that is not read.
     insert(&mut connection, &receiver.url(), 8, 1_000_000).await;
-    until(&mut connection, FREE, |free| free < 8).await;
+    until(&mut connection, UNREAD, |answers| answers == 1).await;
+    assert_eq!(count(&mut connection, FREE).await, 0, "the claim has locked them all");
     network.set(Weather::Cut);
     worker.child.kill().await.expect("it runs");
     until(&mut connection, FREE, |free| free == 8).await;

@@ -24,9 +24,9 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
 use tokio::time::{Instant, timeout};
 
-/// How long a connection may be idle: less than the 5 s after which the least patient servers in wide use close it, so
+/// How long a connection may be idle: less than the 2 s after which the least patient servers in wide use close it, so
 /// that a request rarely meets a connection that is being closed, which would cost it an attempt.
-const IDLE_TIMEOUT: Duration = Duration::from_secs(4);
+const IDLE_TIMEOUT: Duration = Duration::from_millis(1_500);
 /// At most so many idle connections are kept in all, beside those with a request. One origin has no more of them than
 /// requests may be open to one destination.
 pub const IDLE_IN_ALL: usize = 512;
