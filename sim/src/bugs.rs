@@ -73,6 +73,7 @@ bugs! {
     RenewedIsRefused, Place::Store, S5, 5000, "a settle refuses what was renewed since its snapshot";
     SettleTerminalAgain, Place::Store, S7, 5000, "a repeated settle is applied a second time";
     TokenKept, Place::Store, S5, 200, "the claim does not raise the token";
+    TokenSinks, Place::Store, S5, 200, "the token of an event that nobody holds is new, and lower than the one before";
     AttemptsKept, Place::Store, S6, 200, "a settled try spends no attempt";
     ReleaseSpends, Place::Store, S6, 1000, "a release spends an attempt";
     RetryDueNow, Place::Store, S6, 200, "a retry is due at once";

@@ -568,6 +568,11 @@ impl Store {
         match bug {
             Some(Bug::ClaimIgnoresSpent) => row.attempts = attempts,
             Some(Bug::TokenKept) if token.0 > 0 => row.token = token,
+            Some(Bug::TokenSinks)
+                if token.0 > 0 && matches!(answer, ClaimAnswer::Granted { reclaimed: false, .. }) =>
+            {
+                row.token = Token(token.0 - 1);
+            }
             Some(Bug::LeaseHalved) => {
                 if let Some(lease) = &mut row.lease {
                     lease.until = clock.late.after(terms.lease / 2);

@@ -20,7 +20,7 @@ pub(crate) enum Weather {
     Cut,
     /// What is asked arrives, answers don't.
     NoAnswers,
-    /// Of an answer that fills the proxy's hands nothing more is taken.
+    /// Of an answer of which 4 KiB come at once nothing more is taken: a server sends 8 KiB at a time.
     NoLongAnswers,
     /// Questions don't arrive, what was asked before is answered.
     NoQuestions,
@@ -141,7 +141,7 @@ async fn pump(
         };
         match now {
             Weather::Slow(time) => sleep(time).await,
-            Weather::NoLongAnswers if way == Way::Answers && read == piece.len() => pending().await,
+            Weather::NoLongAnswers if way == Way::Answers && read >= 4_096 => pending().await,
             // The least time after which Linux sends again.
             Weather::Lossy if number % 4 == 3 => sleep(Duration::from_millis(200)).await,
             _ => {}
