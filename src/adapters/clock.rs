@@ -1,4 +1,4 @@
-//! The one place that reads the machine's clock.
+//! A worker's own clock (rules P3 and P4), and the timer that its short pauses are taken on.
 
 use std::io;
 use std::time::Duration;
