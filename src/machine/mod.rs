@@ -30,8 +30,7 @@ pub use io::{
 pub use planted::Planted;
 pub use retry::{Judged, Verdict};
 pub use row::{
-    Answer, ClaimAnswer, ClaimFailure, ClaimTerms, Lease, PROBATION_RECLAIMS, RECLAIMS_BOUND, Row, Settle,
-    Status,
+    Answer, ClaimAnswer, ClaimFailure, ClaimTerms, Lease, PROBATION_RECLAIMS, Row, Settle, Status,
 };
 pub use settings::{LimitError, Limits, RawTiming, RetryPolicy, Timing, TimingError, WorkerSettings};
 pub use time::{DbClock, DbTime, Moment};

@@ -21,7 +21,7 @@ use super::time::{DbClock, DbTime};
 pub const PROBATION_RECLAIMS: u32 = 3;
 
 /// The most that the column `reclaims` takes.
-pub const RECLAIMS_BOUND: u32 = 1_000_000_000;
+const RECLAIMS_BOUND: u32 = 1_000_000_000;
 
 /// Delivery status, as in the column `delivery_status`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]

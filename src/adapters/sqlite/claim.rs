@@ -11,8 +11,8 @@ use sqlx::{Row as _, SqliteConnection};
 use super::{INCARNATION, Sqlite, micros, text};
 use crate::adapters::store::{CLAIM_BYTES, LONGEST_URL, WALK, Walk, malformed, url_too_long};
 use crate::machine::{
-    ClaimFailure, ClaimReply, ClaimRequest, DbTime, DestinationKey, Grant, Incarnation, LeaseKey,
-    RECLAIMS_BOUND, Row, RowId, Token, Unsendable,
+    ClaimAnswer, ClaimReply, ClaimRequest, DbClock, DbTime, DestinationKey, Grant, Incarnation, Lease,
+    LeaseKey, Row, RowId, Status, Token, Unsendable, WorkerId,
 };
 use crate::ports::{Claimed, Message};
 
@@ -229,9 +229,10 @@ pub(super) async fn claim(store: &Sqlite, request: &ClaimRequest) -> Result<Clai
     reply.next_due_in = more.then_some(Duration::ZERO);
     for id in picked {
         let row = sqlx::query(
-            "select id, event_id, event_type, destination_key, attempts, max_attempts, reclaims, lease_token, payload,
+            "select event_id, event_type, destination_key, payload, attempts, max_attempts, next_attempt_at, reclaims,
+                 lease_token, lease_until, cast(lease_owner as blob) as lease_owner,
                  iif(octet_length(destination_url) <= ?2, destination_url, null) as destination_url,
-                 length(cast(payload as blob)) as bytes, lease_owner is not null as reclaimed
+                 length(cast(payload as blob)) as bytes
              from outbox_events where id = ?1",
         )
         .bind(id)
@@ -245,14 +246,20 @@ pub(super) async fn claim(store: &Sqlite, request: &ClaimRequest) -> Result<Clai
             break;
         }
         bytes += if sendable { size } else { 0 };
-        match take(connection, request, now, &row).await? {
-            Err(failure) => reply.failed.push((RowId(id), failure)),
-            Ok(key) => {
-                let (grant, message) = read_event(&row, key, sendable, size);
+        let mut event = read_row(&row)?;
+        match event.claim(DbClock { early: now, late: now }, &request.owner, &request.terms) {
+            // Picked by the same terms.
+            ClaimAnswer::NotEligible => continue,
+            ClaimAnswer::Failed(failure) => reply.failed.push((RowId(id), failure)),
+            ClaimAnswer::Granted { token, reclaimed } => {
+                let unsendable = (!sendable).then_some(Unsendable::Oversized { bytes: size });
+                let (grant, message) =
+                    read_event(&row, LeaseKey { row: RowId(id), token }, &event, reclaimed, unsendable);
                 reply.grants.push(grant);
                 messages.push(Arc::new(message));
             }
         }
+        write_claimed(connection, id, &event, now).await?;
     }
     if reply.next_due_in.is_none() && reply.grants.len() + reply.failed.len() < request.limit as usize {
         let next: Option<i64> = sqlx::query_scalar(sqlx::AssertSqlSafe(format!(
@@ -279,78 +286,86 @@ pub(super) async fn claim(store: &Sqlite, request: &ClaimRequest) -> Result<Clai
     Ok(Claimed { reply, messages })
 }
 
-/// One row: leased under a new token, or failed by the claim.
-async fn take(
-    connection: &mut SqliteConnection,
-    request: &ClaimRequest,
-    now: DbTime,
-    row: &SqliteRow,
-) -> Result<Result<LeaseKey, ClaimFailure>, sqlx::Error> {
-    let number = |name: &str| row.try_get::<i64, _>(name);
-    let (id, attempts, max_attempts) = (number("id")?, number("attempts")?, number("max_attempts")?);
-    let reclaimed: bool = row.try_get("reclaimed")?;
-    let reclaims = number("reclaims")? + i64::from(reclaimed);
-    let token = Token(number("lease_token")?).next().max(Token::of(now));
-    let max_attempts = u32::try_from(max_attempts).unwrap_or(u32::MAX);
-    let spent = if attempts >= i64::from(Row::attempt_limit(max_attempts, request.terms.retry_budget)) {
-        Some(ClaimFailure::AttemptsSpent)
-    } else if request.terms.reclaim_limit > 0 && reclaims > i64::from(request.terms.reclaim_limit) {
-        Some(ClaimFailure::ReclaimsSpent)
-    } else if token >= Token::BOUND || reclaims > i64::from(RECLAIMS_BOUND) {
-        Some(ClaimFailure::AtBound)
-    } else {
-        None
+/// What decides a claim. The pending are claimed alone, and what their last attempt left is not read.
+fn read_row(row: &SqliteRow) -> Result<Row, sqlx::Error> {
+    let time = |name: &str| row.try_get(name).map(DbTime::from_micros);
+    // What the table's checks allow fits.
+    let count =
+        |name: &str| row.try_get::<i64, _>(name).map(|count| u32::try_from(count).unwrap_or(u32::MAX));
+    let owner: Option<Key> = row.try_get("lease_owner")?;
+    let lease = match owner {
+        Some(owner) => Some(Lease {
+            owner: WorkerId::new(String::from_utf8_lossy(&owner).into_owned()),
+            until: time("lease_until")?,
+        }),
+        None => None,
     };
-    let (token, reclaims) = (token.min(Token::BOUND), reclaims.min(i64::from(RECLAIMS_BOUND)));
-    let query = match spent {
-        Some(failure) => sqlx::query(
-            "update outbox_events set delivery_status = 'failed', lease_owner = null, lease_until = null,
-                 lease_token = iif(?4, ?3, lease_token), reclaims = ?2, last_error = ?5, updated_at = ?6 where id = ?1",
-        )
-        .bind(id)
-        .bind(reclaims)
-        .bind(token.0)
-        .bind(reclaimed)
-        .bind(failure.last_error()),
-        None => sqlx::query(
-            "update outbox_events set lease_token = ?3, reclaims = ?2, lease_owner = ?4, lease_until = ?5,
-                 updated_at = ?6 where id = ?1",
-        )
-        .bind(id)
-        .bind(reclaims)
-        .bind(token.0)
-        .bind(request.owner.as_str().to_owned())
-        .bind(now.after(request.terms.lease).as_micros()),
-    };
-    query.bind(now.as_micros()).execute(connection).await?;
-    Ok(spent.map_or(Ok(LeaseKey { row: RowId(id), token }), Err))
+    let event = Row::new(count("max_attempts")?, time("next_attempt_at")?);
+    Ok(Row {
+        attempts: count("attempts")?,
+        reclaims: count("reclaims")?,
+        token: Token(row.try_get("lease_token")?),
+        lease,
+        ..event
+    })
 }
 
-/// Reads one event; what doesn't decode makes this event unsendable and harms no other (rule P6).
-fn read_event(row: &SqliteRow, key: LeaseKey, sendable: bool, bytes: u64) -> (Grant, Message) {
+/// Writes what a claim changes.
+async fn write_claimed(
+    connection: &mut SqliteConnection,
+    id: i64,
+    event: &Row,
+    now: DbTime,
+) -> Result<(), sqlx::Error> {
+    sqlx::query(
+        "update outbox_events set delivery_status = iif(?2, 'failed', 'pending'), lease_token = ?3, reclaims = ?4,
+             lease_owner = ?5, lease_until = ?6, last_error = coalesce(?7, last_error), updated_at = ?8
+         where id = ?1",
+    )
+    .bind(id)
+    .bind(event.status == Status::Failed)
+    .bind(event.token.0)
+    .bind(event.reclaims)
+    .bind(event.lease.as_ref().map(|lease| lease.owner.as_str()))
+    .bind(event.lease.as_ref().map(|lease| lease.until.as_micros()))
+    .bind(event.last_error.as_deref())
+    .bind(now.as_micros())
+    .execute(connection)
+    .await?;
+    Ok(())
+}
+
+/// Reads what is to be sent; what doesn't decode makes this event unsendable and harms no other (rule P6).
+fn read_event(
+    row: &SqliteRow,
+    key: LeaseKey,
+    event: &Row,
+    reclaimed: bool,
+    unsendable: Option<Unsendable>,
+) -> (Grant, Message) {
     let event_id = || row.try_get("event_id").unwrap_or_default();
     if let Ok(None) = row.try_get::<Option<&str>, _>("destination_url") {
         return malformed(key, event_id(), url_too_long());
     }
     let read = || -> Result<(Grant, Message), sqlx::Error> {
-        let number =
-            |name: &str| row.try_get::<i64, _>(name).map(|number| u32::try_from(number).unwrap_or(0));
-        let reclaimed: bool = row.try_get("reclaimed")?;
-        let grant = Grant {
-            key,
-            destination: DestinationKey::new(row.try_get::<String, _>("destination_key")?),
-            attempts: number("attempts")?,
-            max_attempts: number("max_attempts")?,
-            reclaims: number("reclaims")? + u32::from(reclaimed),
-            reclaimed,
-            unsendable: (!sendable).then_some(Unsendable::Oversized { bytes }),
+        let payload = match &unsendable {
+            None => Bytes::from(row.try_get::<String, _>("payload")?),
+            Some(_) => Bytes::new(),
         };
-        let payload = if sendable { Bytes::from(row.try_get::<String, _>("payload")?) } else { Bytes::new() };
         let message = Message {
             event_id: row.try_get("event_id")?,
             event_type: row.try_get("event_type")?,
             destination_url: row.try_get("destination_url")?,
             payload,
+        };
+        let grant = Grant {
+            key,
+            destination: DestinationKey::new(row.try_get::<String, _>("destination_key")?),
+            attempts: event.attempts,
+            max_attempts: event.max_attempts,
+            reclaims: event.reclaims,
+            reclaimed,
+            unsendable,
         };
         Ok((grant, message))
     };
