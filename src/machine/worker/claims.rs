@@ -1,6 +1,5 @@
-//! Claiming, what follows an unknown claim, and embargoes (rules P1, P7, P10, P11, P13).
+//! Claiming and embargoes (rules P1, P10, P11, P13).
 
-use alloc::collections::BTreeSet;
 use alloc::format;
 use alloc::vec::Vec;
 use core::time::Duration;
@@ -8,10 +7,11 @@ use core::time::Duration;
 use super::super::id::{DestinationKey, LeaseKey, RequestId, Token};
 use super::super::io::{
     Action, AttemptResult, ClaimReply, ClaimRequest, CycleSummary, EmbargoCause, Grant, HeartbeatEnd,
-    Observation, OwnedReply, OwnedRequest, Place, StoreCall, StoreFault, Unsendable,
+    Observation, Place, StoreCall, StoreFault, Unsendable,
 };
 use super::super::row::{ClaimTerms, PROBATION_RECLAIMS};
 use super::super::time::{Age, DbTime, Moment};
+use super::front::{Front, LEAST_BACK};
 use super::portion::Portion;
 use super::{Cycle, Heartbeat, Held, Outcome, Phase, Worker};
 
@@ -25,76 +25,12 @@ const LATE: Age = Age::of(Duration::from_secs(1));
 /// How often claims start ahead of the front of the queue, for what came into it later still.
 const RESCAN: Age = Age::of(Duration::from_secs(2));
 
-/// Claims that start ahead of a front take a tenth of the time at the most.
-const RESCAN_SHARE: u32 = 10;
-
-/// They start at the beginning, or if that takes too long, at least that long ago,
-const LEAST_BACK: Duration = Duration::from_secs(64);
-
-/// and at most that long.
-const MOST_BACK: Duration = Duration::from_secs(24 * 60 * 60);
-
 /// Searches for expired leases take a fiftieth of the time at the most: each reads every lease there is. But none waits
 /// for the next one longer than `2G` for it, or the poll interval.
 const SEARCH_SHARE: u32 = 50;
 
 /// What a claim reads at least, where there is room for it.
 const LEAST_REACH: u32 = 32;
-
-/// Where the queue or the leases start for a claim: where the last one left their front, or, from time to time, ahead of
-/// it.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
-struct Front<P> {
-    /// Nothing is ahead of it, as far as claims saw.
-    place: Option<P>,
-    /// When a claim starts ahead of it again.
-    at: Moment,
-    /// When it does if something may have come in far ahead of the front.
-    soonest: Moment,
-    asked: bool,
-    /// How far back it starts; `None` is the beginning.
-    back: Option<Duration>,
-    /// How many such claims had no answer, in a row.
-    failures: u32,
-}
-
-impl<P: Copy + Ord> Front<P> {
-    fn new(now: Moment) -> Self {
-        Self { place: None, at: now, soonest: now, asked: false, back: None, failures: 0 }
-    }
-
-    /// Where the next claim starts, `None` being the beginning, and whether that is ahead of the front. `ago` says what
-    /// place has that age. Who knows no front starts at the beginning.
-    fn start(&mut self, now: Moment, ago: impl Fn(Duration) -> P) -> (Option<P>, bool) {
-        let due = now >= if self.asked { self.soonest } else { self.at };
-        match self.place {
-            Some(place) if !due => (Some(place), false),
-            place => {
-                self.asked = false;
-                (place.zip(self.back.map(ago)).map(|(place, ago)| place.min(ago)), true)
-            }
-        }
-    }
-
-    /// A claim from ahead of the front is over. One that failed may have been cut off, and says little of how long they
-    /// take, unless they go on failing.
-    fn rescanned(&mut self, now: Moment, took: Age, failed: bool, every: Age) {
-        self.failures = if failed { self.failures.saturating_add(1) } else { 0 };
-        let share = if failed { 1 << (self.failures - 1).min(4) } else { RESCAN_SHARE };
-        self.soonest = now.aged(took.times(share.min(RESCAN_SHARE)));
-        // What made a claim from ahead of the front necessary is not answered by one that failed.
-        self.at = if failed { self.soonest } else { self.soonest.max(now.aged(every)) };
-    }
-
-    /// The next one starts less far back if this one might soon be cut off for what it read there, and else farther.
-    fn adjust(&mut self, too_far: bool, failed: bool) {
-        if too_far {
-            self.back = Some(self.back.map_or(LEAST_BACK, |back| back / 2).max(LEAST_BACK));
-        } else if !failed {
-            self.back = self.back.map(|back| back * 2).filter(|back| *back <= MOST_BACK);
-        }
-    }
-}
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 struct UnderWay {
@@ -148,8 +84,6 @@ pub(super) struct Claims {
     /// Claims in a row of which it is not known whether they were applied, and until when the next one waits for that.
     unknown: u32,
     not_before: Moment,
-    /// There was such a claim.
-    ever_unknown: bool,
     /// A destination whose share limited the last claim has room again.
     pub(super) refill: bool,
     /// The next search for expired leases.
@@ -157,13 +91,6 @@ pub(super) struct Claims {
     embargo_until: Moment,
     /// The next claim takes nothing that is ranked before it is locked.
     unranked: bool,
-    owned: Option<(RequestId, Moment)>,
-    /// When to look for what unknown claims left: several times for each, since a commit may come late.
-    owned_at: BTreeSet<Moment>,
-    /// Looks that failed in a row.
-    pub(super) look_failures: u32,
-    /// An unknown claim may be applied at any time: it was sent when no clock of the database was known.
-    unbounded: bool,
 }
 
 impl Claims {
@@ -181,26 +108,15 @@ impl Claims {
             answered: false,
             unknown: 0,
             not_before: Moment::default(),
-            ever_unknown: false,
             refill: false,
             search_at: now,
             embargo_until: Moment::default(),
             unranked: false,
-            owned: None,
-            owned_at: BTreeSet::new(),
-            look_failures: 0,
-            unbounded: false,
         }
     }
 
-    /// Whether no claim and no look at what is owned is under way: the two never overlap, so that the reply of one
-    /// can't show leases of the other that are not yet known.
     pub(super) fn idle(&self) -> bool {
-        self.under_way.is_none() && self.owned.is_none()
-    }
-
-    pub(super) fn owned_checked(&self) -> bool {
-        self.owned.is_none() && self.owned_at.is_empty()
+        self.under_way.is_none()
     }
 }
 
@@ -213,7 +129,7 @@ impl Worker {
 
     /// Something may have come in far ahead of the front.
     pub(super) fn rescan_soon(&mut self) {
-        self.claims.queue.asked = true;
+        self.claims.queue.ask();
     }
 
     /// How many more leases may be asked for (rule P13).
@@ -251,10 +167,10 @@ impl Worker {
     }
 
     pub(super) fn claim_due_at(&self) -> Moment {
-        if !self.claims.idle() || self.drain.is_some()
+        if !self.neither_claims_nor_looks() || self.drain.is_some()
             || (self.settles.failing() && !planted!(self, ClaimsUnsettled))
             // Who doesn't know what it owns claims nothing more, nor makes the next look wait.
-            || (self.claims.look_failures > 0 && !planted!(self, ClaimsUnsure))
+            || (self.looks.failing() && !planted!(self, ClaimsUnsure))
             || self.renewal_overdue()
         {
             return Moment::NEVER;
@@ -274,8 +190,8 @@ impl Worker {
         }
         // A hint may come while a claim is under way, or so soon after a claim from the beginning that the one it led to
         // started at the front.
-        if self.claims.queue.asked {
-            due = due.min(self.claims.queue.soonest);
+        if let Some(soonest) = self.claims.queue.asked_for() {
+            due = due.min(soonest);
         }
         due.max(self.claims.not_before)
     }
@@ -289,10 +205,8 @@ impl Worker {
         let unranked = core::mem::take(&mut self.claims.unranked);
         let expired = !unranked && self.may_search() && self.search_due_at() <= self.now;
         // Searches are too seldom to take less than they may.
-        let limit = if expired { self.room() } else { self.room().min(self.claims.reach) };
-        let portion = self.claims.portion.of(limit as usize) as u32;
-        let reduced = portion < limit;
-        let limit = portion;
+        let wanted = if expired { self.room() } else { self.room().min(self.claims.reach) };
+        let limit = self.claims.portion.of(wanted as usize) as u32;
         if expired && planted!(self, SearchSeldom) {
             self.claims.search_at = self.now.after(timing.lease() * 4);
         } else if expired {
@@ -309,8 +223,7 @@ impl Worker {
         let whole = self.settings.until_empty && !self.claims.backlog;
         let db_now = self.db_now();
         let (from, rescans) = if whole {
-            self.claims.queue.asked = false;
-            (None, true)
+            self.claims.queue.start_over()
         } else {
             self.claims.queue.start(self.now, |back| Place::ahead_of(db_now.before(back)))
         };
@@ -338,7 +251,7 @@ impl Worker {
             searches_again,
             asleep,
             limit,
-            reduced,
+            reduced: limit < wanted,
             shares: shares.clone(),
         });
         let claim = ClaimRequest {
@@ -373,101 +286,69 @@ impl Worker {
             return self
                 .observe(Observation::Unexpected { what: "a reply to a claim that is not under way" });
         };
-        self.claims.at = self.now.after(self.poll_interval());
-        self.claims.backlog = false;
         if let Ok(reply) = &mut reply {
             reply.searched_expired &= !under_way.is_void(reply.db_now);
         }
-        let timeout = Age::of(self.timing().store_timeout());
-        // However long this process was stopped.
-        let took = self.now.age_of(under_way.sent).min(timeout);
-        let failed = reply.is_err();
-        self.claims.answered = !failed;
-        // A quarter of the timeout more than without: a store that is slow in itself keeps nothing from being found.
-        let too_far = took.less(self.claims.usual).times(4) > timeout;
-        let nearest = |ahead: bool, back| !ahead || back == Some(LEAST_BACK);
-        if !failed
-            && nearest(under_way.rescans, self.claims.queue.back)
-            && nearest(under_way.searches_again, self.claims.leases.back)
-        {
-            self.claims.usual = took;
-        }
-        if matches!(reply, Ok(_) | Err(StoreFault::Permanent { .. })) {
-            self.claims.unknown = 0;
-        }
-        match &reply {
-            Ok(reply) => self.claims.portion.answered(reply.grants.len() + reply.failed.len()),
-            Err(_) if self.took_long(under_way.sent) && !planted!(self, ClaimsWhole) => {
-                self.claims.portion.unanswered(under_way.limit as usize);
-            }
-            Err(_) => {}
-        }
-        if under_way.rescans {
-            let took = if planted!(self, RescanSeldom) { took.times(400) } else { took };
-            self.claims.queue.rescanned(self.now, took, failed, RESCAN);
-            self.claims.queue.adjust(too_far, failed);
-        }
-        if under_way.searches_again && reply.as_ref().map_or(true, |reply| reply.searched_expired) {
-            // Searches are seldom as it is: as long as that is cheap, each looks at every lease.
-            self.claims.leases.rescanned(self.now, took, failed, Age::ZERO);
-            self.claims.leases.adjust(too_far, failed);
-        }
-        if under_way.searches && reply.as_ref().is_ok_and(|reply| reply.searched_expired) {
-            let pause = took.times(SEARCH_SHARE).min(Age::of(self.timing().reclaim_grace()).times(2));
-            self.claims.search_at = self.claims.search_at.max(under_way.sent.aged(pause));
-        }
+        self.claims.at = self.now.after(self.poll_interval());
+        self.claims.backlog = false;
+        self.claims.answered = reply.is_ok();
+        self.note_cost(&under_way, reply.as_ref().ok());
         match reply {
-            Ok(reply) => self.take(&under_way, reply),
+            Ok(reply) => {
+                self.claims.unknown = 0;
+                self.take(&under_way, reply);
+            }
             Err(fault) => {
                 if planted!(self, ClaimStopsAfterFailure) {
                     self.claims.at = self.now.after(Duration::from_secs(1_000_000));
                     self.claims.search_at = self.claims.at;
                 }
-                if planted!(self, UnknownClaimForgotten) {
-                    // No look.
-                } else if let StoreFault::Unknown { .. } = fault {
-                    self.back_off_unknown();
-                    // **P7**: at once, and again for a commit that comes late: twice more while what was granted can
-                    // still be found and given back before it runs out, at two tries each and at one.
-                    let timing = *self.timing();
-                    let (lease, timeout) = (timing.lease(), timing.store_timeout());
-                    let left = lease
-                        .saturating_sub(self.now.since(under_way.sent))
-                        .saturating_sub(timing.fence_margin());
-                    let before = |tries: u32| left.saturating_sub(timeout * tries).max(timeout);
-                    let mut waits = alloc::vec![Duration::ZERO, timeout, before(4), before(2), lease];
-                    self.claims.unbounded |= under_way.valid_until.is_none();
-                    if planted!(self, LateClaimForgotten) {
-                        waits.truncate(2);
+                match fault {
+                    StoreFault::Unknown { .. } if !planted!(self, UnknownClaimForgotten) => {
+                        self.back_off_unknown();
+                        self.look_for(under_way.sent, under_way.valid_until);
                     }
-                    if planted!(self, LateLookAtLease) {
-                        waits.drain(2..4);
-                    }
-                    if planted!(self, LooksReplaced) {
-                        self.claims.owned_at.clear();
-                    }
-                    let forgotten = [
-                        planted!(self, LateLocksForgotten),
-                        planted!(self, LateClaimForgotten),
-                        planted!(self, LateLookAtLease),
-                        planted!(self, LooksReplaced),
-                    ];
-                    if !forgotten.contains(&true) {
-                        // It may have its locks as late as it is valid, by a clock that was set back by as much as `G`: all
-                        // that is above may come that much later.
-                        let latest = timing.reclaim_grace() * 2 + timeout;
-                        let last = latest.max((left + latest).saturating_sub(timeout * 4));
-                        let mut wait = before(4);
-                        while wait < last {
-                            wait += self.look_step();
-                            waits.push(wait);
-                        }
-                    }
-                    // The looks for an earlier one stay due: what it left runs out earlier.
-                    self.claims.owned_at.extend(waits.into_iter().map(|wait| self.now.after(wait)));
+                    StoreFault::Unknown { .. } | StoreFault::NotApplied { .. } => {}
+                    StoreFault::Permanent { .. } => self.claims.unknown = 0,
                 }
                 self.store_failed(StoreCall::Claim, under_way.sent, fault, Vec::new());
             }
+        }
+    }
+
+    /// How far ahead of the fronts the next claims start, how seldom they search, and how much they ask for, by what this
+    /// one took.
+    fn note_cost(&mut self, under_way: &UnderWay, reply: Option<&ClaimReply>) {
+        let timeout = Age::of(self.timing().store_timeout());
+        // However long this process was stopped.
+        let took = self.now.age_of(under_way.sent).min(timeout);
+        let failed = reply.is_none();
+        // A quarter of the timeout more than without: a store that is slow in itself keeps nothing from being found.
+        let too_far = took.less(self.claims.usual).times(4) > timeout;
+        if !failed
+            && (!under_way.rescans || self.claims.queue.is_nearest())
+            && (!under_way.searches_again || self.claims.leases.is_nearest())
+        {
+            self.claims.usual = took;
+        }
+        if under_way.rescans {
+            let took = if planted!(self, RescanSeldom) { took.times(400) } else { took };
+            self.claims.queue.rescanned(self.now, took, failed, too_far, RESCAN);
+        }
+        if under_way.searches_again && reply.is_none_or(|reply| reply.searched_expired) {
+            // Searches are seldom as it is: as long as that is cheap, each looks at every lease.
+            self.claims.leases.rescanned(self.now, took, failed, too_far, Age::ZERO);
+        }
+        if under_way.searches && reply.is_some_and(|reply| reply.searched_expired) {
+            let pause = took.times(SEARCH_SHARE).min(Age::of(self.timing().reclaim_grace()).times(2));
+            self.claims.search_at = self.claims.search_at.max(under_way.sent.aged(pause));
+        }
+        match reply {
+            Some(reply) => self.claims.portion.answered(reply.grants.len() + reply.failed.len()),
+            None if self.took_long(under_way.sent) && !planted!(self, ClaimsWhole) => {
+                self.claims.portion.unanswered(under_way.limit as usize);
+            }
+            None => {}
         }
     }
 
@@ -482,9 +363,36 @@ impl Worker {
             // That was no search: the next one comes as the embargo ends.
             self.claims.search_at = self.now;
         }
-        self.advance(under_way, &reply);
-        self.incarnation = Some(reply.incarnation);
         let found = u32::try_from(reply.grants.len() + reply.failed.len()).unwrap_or(u32::MAX);
+        self.advance(under_way, &reply);
+        self.plan_next(under_way, &reply, found);
+        self.incarnation = Some(reply.incarnation);
+        for &(row, why) in &reply.failed {
+            self.observe(Observation::FailedByClaim { row, why });
+        }
+        if found > 0 {
+            let summary =
+                CycleSummary { failed_by_claim: reply.failed.len() as u32, ..CycleSummary::default() };
+            let cycle = Cycle { sent: under_way.sent, outstanding: 0, summary };
+            self.cycles.insert(under_way.request, cycle);
+        }
+        for grant in reply.grants {
+            self.hold(under_way, grant);
+        }
+        let limited = self.note_hunger(under_way) && !self.claims.backlog;
+        self.claims.reach = if limited { found.saturating_mul(2).max(LEAST_REACH) } else { u32::MAX };
+        if found > 0 && self.cycles.get(&under_way.request).is_some_and(|cycle| cycle.outstanding == 0) {
+            self.end_cycle(under_way.request);
+        }
+        let empty = reply.any_pending == Some(false)
+            || (planted!(self, UntilEmptyEarly) && self.settings.until_empty && found == 0);
+        if empty && self.leases.is_empty() {
+            self.shutdown();
+        }
+    }
+
+    /// When the next claim comes, by what this one found, and whether that one searches.
+    fn plan_next(&mut self, under_way: &UnderWay, reply: &ClaimReply, found: u32) {
         self.claims.backlog = found >= under_way.limit;
         if self.claims.backlog && under_way.reduced && reply.searched_expired {
             // Orphans that it left would wait for a whole interval each time.
@@ -519,28 +427,6 @@ impl Worker {
             // Expired leases that others keep locked may have had the seats of what is due.
             self.claims.unranked = true;
             self.claims.at = self.now;
-        }
-        for &(row, why) in &reply.failed {
-            self.observe(Observation::FailedByClaim { row, why });
-        }
-        if found > 0 {
-            let summary =
-                CycleSummary { failed_by_claim: reply.failed.len() as u32, ..CycleSummary::default() };
-            let cycle = Cycle { sent: under_way.sent, outstanding: 0, summary };
-            self.cycles.insert(under_way.request, cycle);
-        }
-        for grant in reply.grants {
-            self.hold(under_way, grant);
-        }
-        let limited = self.note_hunger(under_way) && !self.claims.backlog;
-        self.claims.reach = if limited { found.saturating_mul(2).max(LEAST_REACH) } else { u32::MAX };
-        if found > 0 && self.cycles.get(&under_way.request).is_some_and(|cycle| cycle.outstanding == 0) {
-            self.end_cycle(under_way.request);
-        }
-        let empty = reply.any_pending == Some(false)
-            || (planted!(self, UntilEmptyEarly) && self.settings.until_empty && found == 0);
-        if empty && self.leases.is_empty() {
-            self.shutdown();
         }
     }
 
@@ -626,6 +512,17 @@ impl Worker {
         any
     }
 
+    /// **P7**: whatever keeps claims from their answers, such as commits that wait for a standby, may keep their sessions
+    /// and the rows that these have locked as well, while looks are answered. The first is followed as usual, the others
+    /// ever later, until after `L`.
+    fn back_off_unknown(&mut self) {
+        let pause = self.poll_interval().saturating_mul(1 << self.claims.unknown.min(16));
+        if self.claims.unknown > 0 {
+            self.claims.not_before = self.now.after(pause.min(self.timing().lease()));
+        }
+        self.claims.unknown = self.claims.unknown.saturating_add(1);
+    }
+
     /// **P10**: an outage is over. It extends no embargo: or calls that are lost now and then would keep orphans waiting.
     pub(super) fn embargo_after_outage(&mut self) {
         if self.claims.embargo_until <= self.now || planted!(self, EmbargoAlways) {
@@ -641,90 +538,5 @@ impl Worker {
         let length = if planted!(self, EmbargoAlways) { 12 } else { 1 };
         self.claims.embargo_until = self.now.after(self.timing().lease() * length);
         self.observe(Observation::Embargo(cause));
-    }
-
-    /// **P7**: whatever keeps claims from their answers, such as commits that wait for a standby, may keep their sessions
-    /// and the rows that these have locked as well, while looks are answered. The first is followed as usual, the others
-    /// ever later, until after `L`.
-    fn back_off_unknown(&mut self) {
-        self.claims.ever_unknown = true;
-        let pause = self.poll_interval().saturating_mul(1 << self.claims.unknown.min(16));
-        if self.claims.unknown > 0 {
-            self.claims.not_before = self.now.after(pause.min(self.timing().lease()));
-        }
-        self.claims.unknown = self.claims.unknown.saturating_add(1);
-    }
-
-    /// How far apart looks are for leases that may appear at any time: of one that commits with four tries left, three are
-    /// left when it is found, or fewer where `R` is less than `L/16`.
-    fn look_step(&self) -> Duration {
-        self.timing().store_timeout().max(self.timing().lease() / 16)
-    }
-
-    pub(super) fn owned_due_at(&self) -> Moment {
-        let idle = self.claims.idle();
-        self.claims.owned_at.first().copied().filter(|_| idle).unwrap_or(Moment::NEVER)
-    }
-
-    /// **P7**: asks what the store shows under this worker.
-    pub(super) fn start_owned(&mut self) {
-        if self.owned_due_at() > self.now {
-            return;
-        }
-        self.claims.owned_at.retain(|at| *at > self.now);
-        let request = self.next_request();
-        self.claims.owned = Some((request, self.now));
-        self.actions.push_back(Action::Owned(request, OwnedRequest { owner: self.id.clone() }));
-    }
-
-    /// Before exit, a last look.
-    pub(super) fn look_once_more(&mut self) {
-        self.claims.owned_at = BTreeSet::from([self.now]);
-    }
-
-    pub(super) fn owned(&mut self, request: RequestId, reply: Result<OwnedReply, StoreFault>) {
-        let Some((_, sent)) = self.claims.owned.take_if(|(asked, _)| *asked == request) else {
-            return self.observe(Observation::Unexpected { what: "a reply to a look that is not under way" });
-        };
-        match reply {
-            Ok(reply) => {
-                self.claims.look_failures = 0;
-                self.store_answered(sent, reply.db_now);
-                if self.claims.unbounded && self.claims.owned_at.is_empty() && self.drain.is_none() {
-                    self.claims.owned_at.insert(self.now.after(self.look_step()));
-                }
-                for key in reply.keys {
-                    if !self.leases.contains_key(&key) && !self.settles.gave_up(key) {
-                        self.release_orphan(key, sent);
-                    }
-                }
-            }
-            Err(fault) => {
-                self.claims.look_failures = self.claims.look_failures.saturating_add(1);
-                let again = self.now.after(self.backoff(self.claims.look_failures));
-                self.claims.owned_at.retain(|at| *at > again);
-                // Where every claim was answered, the last look is made to be sure, and no end waits for it.
-                if self.drain.is_none() || self.claims.ever_unknown {
-                    self.claims.owned_at.insert(again);
-                }
-                self.store_failed(StoreCall::Owned, sent, fault, Vec::new());
-            }
-        }
-    }
-
-    fn release_orphan(&mut self, key: LeaseKey, sent: Moment) {
-        self.observe(Observation::OrphanReleased { key });
-        let orphan = Held {
-            cycle: None,
-            destination: None,
-            attempts: 0,
-            max_attempts: u32::MAX,
-            reclaims: 0,
-            confirmed: sent,
-            heartbeat: Heartbeat::Off,
-            phase: Phase::Outcome(Outcome::Release { due: None, why: HeartbeatEnd::Fenced }),
-        };
-        self.leases.insert(key, orphan);
-        self.settles.push_orphan(key);
     }
 }

@@ -61,7 +61,7 @@ impl Worker {
         }
         // All settled: a last look for what this worker does not know that it owns.
         if self.leases.is_empty()
-            && self.claims.idle()
+            && self.neither_claims_nor_looks()
             && let Some(drain) = &mut self.drain
             && !drain.looked
         {
@@ -74,7 +74,7 @@ impl Worker {
     pub(super) fn finish_drain(&mut self) {
         let Some(drain) = &self.drain else { return };
         let (aborted, end_at, looked) = (drain.aborted, drain.end_at, drain.looked);
-        let done = looked && self.leases.is_empty() && self.claims.idle() && self.claims.owned_checked();
+        let done = looked && self.leases.is_empty() && self.claims.idle() && self.looks.done();
         if !done && (end_at > self.now || planted!(self, DrainWaits)) {
             return;
         }

@@ -27,6 +27,8 @@ macro_rules! planted {
 
 mod claims;
 mod drain;
+mod front;
+mod looks;
 mod portion;
 mod renewals;
 mod sends;
@@ -203,6 +205,7 @@ pub struct Worker {
     renewals: renewals::Renewals,
     settles: settles::Settles,
     claims: claims::Claims,
+    looks: looks::Looks,
     drain: Option<drain::Drain>,
 
     db: Option<DbReading>,
@@ -236,6 +239,7 @@ impl Worker {
             renewals: renewals::Renewals::default(),
             settles: settles::Settles::default(),
             claims: claims::Claims::new(now),
+            looks: looks::Looks::default(),
             drain: None,
             db: None,
             failing_since: None,
@@ -270,7 +274,7 @@ impl Worker {
         self.start_renewals();
         self.start_settle();
         self.start_sends();
-        self.start_owned();
+        self.start_look();
         self.start_claim();
         self.finish_drain();
     }
@@ -304,7 +308,7 @@ impl Worker {
             .min(self.renewal_due_at())
             .min(self.alone_due_at())
             .min(self.settle_due_at())
-            .min(self.owned_due_at())
+            .min(self.look_due_at())
             .min(self.claim_due_at())
             .min(self.drain_due_at());
         (due != Moment::NEVER).then_some(due)
@@ -332,7 +336,7 @@ impl Worker {
 
     /// Whether the last claim was answered, and what it left is known.
     pub fn claims_work(&self) -> bool {
-        self.claims.answered && self.claims.look_failures == 0
+        self.claims.answered && !self.looks.failing()
     }
 
     /// Whether it was told to end.
