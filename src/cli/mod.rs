@@ -13,6 +13,7 @@ use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::path::PathBuf;
 
+use clap::error::ErrorKind;
 use clap::{Arg, Args, CommandFactory as _, FromArgMatches as _, Parser, Subcommand};
 
 use settings::{Kind, Needs, SETTINGS, Settings, SettingsError};
@@ -122,6 +123,10 @@ impl Invocation {
     pub fn parse(args: impl IntoIterator<Item = impl Into<OsString> + Clone>) -> Result<Self, clap::Error> {
         let matches = command().try_get_matches_from(args)?;
         let Cli { config, command } = Cli::from_arg_matches(&matches)?;
+        if config.is_some() && command.needs().is_none() {
+            let problem = "demo takes no settings, and so no --config";
+            return Err(Cli::command().error(ErrorKind::ArgumentConflict, problem));
+        }
         let mut flags = BTreeMap::new();
         if let Some((_, matches)) = matches.subcommand() {
             for setting in SETTINGS {
@@ -216,6 +221,8 @@ mod tests {
             "run --max-in-fligth 3",
             "run extra",
             "demo --lease 3s",
+            "demo --config a.toml",
+            "--config a.toml demo",
             "enqueue --event-type a",
             "enqueue --payload {}",
         ] {
