@@ -18,6 +18,10 @@ use super::{Cycle, Heartbeat, Held, Outcome, Phase, Worker};
 /// How long a worker polls eagerly after it found something: long enough that under load none ever sleeps.
 const AWAKE: Duration = Duration::from_secs(1);
 
+/// A poll that finds nothing costs little. Claims that each take what came since the last one may fill half of the time,
+/// and that long they may follow each other without a pause.
+const BURST: Duration = Duration::from_millis(5);
+
 /// What commits up to that long after it fell due, as producers' transactions do, is found by the next claim, and a lease
 /// that commits up to that long after it was granted by the next search.
 const LATE: Age = Age::of(Duration::from_secs(1));
@@ -70,6 +74,8 @@ pub(super) struct Claims {
     awake_until: Moment,
     /// The last claim was full: there is likely more.
     backlog: bool,
+    /// The claims that found something and were not full fill half of the time until then.
+    half_until: Moment,
     queue: Front<Place>,
     /// By their tokens, which follow the database's clock.
     leases: Front<Token>,
@@ -100,6 +106,7 @@ impl Claims {
             at: now,
             awake_until: now.after(AWAKE),
             backlog: false,
+            half_until: Moment::default(),
             queue: Front::new(now),
             leases: Front::new(now),
             usual: Age::ZERO,
@@ -404,10 +411,15 @@ impl Worker {
         // After a full claim the next one waits until it is worth it. Who wasn't said to sleep yet is woken by nobody.
         let awake = self.now < self.claims.awake_until || !under_way.asleep;
         if awake && !self.claims.backlog {
-            // A poll that finds nothing costs little; claims that each take what came since the last one may fill half of
-            // the time.
-            let took = if found > 0 { self.now.since(under_way.sent) } else { Duration::ZERO };
-            self.claims.at = self.claims.at.min(self.now.after(self.settings.eager_poll.max(took)));
+            let again = if found > 0 {
+                // More may have come meanwhile.
+                self.claims.half_until = self.claims.half_until.max(under_way.sent);
+                self.claims.half_until = self.claims.half_until.after(self.now.since(under_way.sent) * 2);
+                self.now.max(self.claims.half_until.before(BURST))
+            } else {
+                self.now.after(self.settings.eager_poll)
+            };
+            self.claims.at = self.claims.at.min(again);
         }
         if let Some(due) = reply.next_due_in {
             // One that found nothing where more may be due was cut off on its way there.

@@ -100,17 +100,31 @@ fn who_pauses_for_a_poll_interval_has_said_that_it_sleeps() {
 }
 
 #[test]
-fn a_claim_that_found_something_is_followed_after_as_long_as_it_took() {
+fn claims_that_find_something_follow_each_other_until_they_fill_half_of_the_time() {
     let mut bed = Bed::new(settings());
-    bed.run(10 * MS);
-    bed.add(1, "http://a");
-    for (claim, pause) in [("of an event", 3 * MS), ("of nothing", settings().eager_poll)] {
-        bed.now = bed.worker.next_wakeup().expect("it polls");
-        bed.wake();
-        bed.pass(3 * MS);
+    let is_claim = |action: &Action| matches!(action, Action::Claim(..));
+    for _ in 0..2 {
+        bed.run(20 * MS);
+        for (id, pause) in [0, 1, 3, 3].into_iter().enumerate() {
+            bed.add(id as i64, &format!("http://{id}"));
+            let claim = loop {
+                match bed.pending.iter().position(is_claim) {
+                    Some(at) => break bed.pending.remove(at),
+                    None => bed.now = bed.worker.next_wakeup().expect("it polls"),
+                }
+                bed.wake();
+            };
+            bed.pass(3 * MS);
+            let answered = bed.now;
+            bed.answer(claim);
+            let at_once = bed.pending.iter().any(is_claim);
+            let next = if at_once { answered } else { bed.worker.next_wakeup().expect("it polls") };
+            assert_eq!(next.since(answered), pause * MS, "after claim {id}");
+        }
         bed.answer_all();
-        let next = bed.worker.next_wakeup().expect("it polls");
-        assert_eq!(next.since(bed.now), pause, "after a claim {claim}");
+        for key in bed.opened() {
+            bed.respond(key, 200);
+        }
     }
 }
 
@@ -226,10 +240,11 @@ fn what_falls_due_before_the_next_poll_is_claimed_then() {
 
 #[test]
 fn a_claim_that_found_something_and_left_something_due_is_followed_by_another_at_once() {
-    for (due, wait) in [(Some(Duration::ZERO), Duration::ZERO), (None, MS / 10)] {
+    for (due, wait) in [(Some(Duration::ZERO), Duration::ZERO), (None, 5 * MS)] {
         let mut bed = Bed::new(settings());
         bed.run(3_100 * MS);
         let request = next_claim(&mut bed);
+        bed.pass(10 * MS);
         let start = bed.now;
         let failed = vec![(RowId(9), ClaimFailure::AttemptsSpent)];
         let reply = ClaimReply { failed, ..empty(bed.db().late, due) };
