@@ -7,7 +7,7 @@ use super::settings::{Database, DatabaseUrl};
 use crate::adapters::postgres::{Postgres, PostgresOptions};
 use crate::adapters::sqlite::{Sqlite, SqliteOptions};
 use crate::adapters::store::{NewEvent, Page, Retain, Retired, Status, StoreError};
-use crate::machine::{ClaimRequest, ClaimTerms, LeaseKey, StoreFault, WorkerId};
+use crate::machine::{ClaimRequest, ClaimTerms, LeaseKey, OwnedRequest, StoreFault, WorkerId};
 use crate::ports::Outbox as _;
 
 /// How long a command waits for its database.
@@ -161,10 +161,12 @@ impl Store {
     /// # Errors
     /// When the database can't be read.
     pub async fn leases_of(&self, owner: WorkerId) -> Result<Vec<LeaseKey>, StoreFault> {
-        match self {
-            Self::Postgres(store) => store.leases_of(owner).await,
-            Self::Sqlite(store) => store.leases_of(owner).await,
-        }
+        let request = OwnedRequest { owner };
+        let shown = match self {
+            Self::Postgres(store) => store.owned(request).await,
+            Self::Sqlite(store) => store.owned(request).await,
+        };
+        Ok(shown?.keys)
     }
 
     /// What the database is, for `check`.

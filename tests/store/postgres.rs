@@ -5,8 +5,8 @@ use std::time::Duration;
 use leasehold::adapters::postgres::{Postgres, PostgresOptions, claim_of_front};
 use leasehold::adapters::store::{NewEvent, StoreError};
 use leasehold::machine::{
-    Answer, LeaseKey, RenewRequest, Row as Model, RowId, SettleRequest, Status, StoreFault, Unsendable,
-    WorkerId,
+    Answer, LeaseKey, OwnedRequest, RenewRequest, Row as Model, RowId, SettleRequest, Status, StoreFault,
+    Unsendable, WorkerId,
 };
 use leasehold::ports::Outbox;
 use sqlx::{AssertSqlSafe, Connection, PgConnection, Row as _};
@@ -287,7 +287,8 @@ fn everything_works_without_session_state() {
         let entries = vec![(lease, delivered())];
         let settled = store.settle(SettleRequest { owner: WorkerId::new("w"), entries }).await.unwrap();
         assert_eq!(settled.answers, [(lease, Answer::Applied)]);
-        assert_eq!(store.leases_of(WorkerId::new("w")).await.unwrap().len(), 1);
+        let left = store.owned(OwnedRequest { owner: WorkerId::new("w") }).await.unwrap();
+        assert_eq!(left.keys.len(), 1);
         assert_eq!(store.status(TIMEOUT).await.unwrap().delivered, 1);
         store.migrate().await.unwrap();
         // Nothing that a pooler can't carry: no prepared statement is left on any connection.

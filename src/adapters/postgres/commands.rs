@@ -288,14 +288,9 @@ impl Postgres {
 }
 
 async fn check_schema(connection: &mut PgConnection) -> Result<(), StoreError> {
-    let version = match ask(connection, "select max(version) from leasehold.migrations").await {
-        Ok(row) => row.try_get::<Option<i32>, _>(0).map(Option::unwrap_or_default),
-        Err(sqlx::Error::Database(error)) if matches!(error.code().as_deref(), Some("42P01" | "3F000")) => {
-            Ok(0)
-        }
-        Err(error) => Err(error),
-    };
-    let version = version.map_err(|error| database("looking for the schema", &error))?;
+    let row = ask(connection, "select max(version) from leasehold.migrations").await;
+    let version = row.and_then(|row| row.try_get::<Option<i32>, _>(0));
+    let version = version.map_err(|error| database("looking for the schema", &error))?.unwrap_or_default();
     match MIGRATIONS.last() {
         Some((newest, _)) if version < *newest => {
             Err(StoreError::Schema { missing: format!("schema version {version}, needed {newest}") })

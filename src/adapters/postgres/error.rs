@@ -58,11 +58,9 @@ pub(super) fn after_send(error: &sqlx::Error) -> StoreFault {
     let text = text(error);
     match error {
         sqlx::Error::Database(database) => by_sqlstate(database.code().as_deref().unwrap_or(""), text),
-        // The statement was encoded or its reply decoded by us: repeating can't help, and a reply means applied.
-        sqlx::Error::Decode(_) | sqlx::Error::ColumnDecode { .. } | sqlx::Error::ColumnNotFound(_) => {
-            StoreFault::Unknown { error: text }
-        }
+        // It was never sent.
         sqlx::Error::Encode(_) => StoreFault::Permanent { error: text },
+        // A reply that can't be decoded included.
         _ => StoreFault::Unknown { error: text },
     }
 }

@@ -429,14 +429,3 @@ fn flatten(settle: Settle) -> Flat {
         }
     }
 }
-
-/// Who owns what, for tests and the demo.
-impl Postgres {
-    /// The leases of a worker.
-    ///
-    /// # Errors
-    /// As [`Outbox::owned`].
-    pub async fn leases_of(&self, owner: WorkerId) -> Result<Vec<LeaseKey>, StoreFault> {
-        Ok(self.owned(OwnedRequest { owner }).await?.keys)
-    }
-}

@@ -317,14 +317,6 @@ impl Sqlite {
         read().await.map_err(|error| database("counting events", &error))
     }
 
-    /// The leases of a worker.
-    ///
-    /// # Errors
-    /// As [`Outbox::owned`].
-    pub async fn leases_of(&self, owner: WorkerId) -> Result<Vec<LeaseKey>, StoreFault> {
-        Ok(self.owned(OwnedRequest { owner }).await?.keys)
-    }
-
     /// Deletes the delivered events of a page that are old enough.
     ///
     /// # Errors

@@ -224,18 +224,21 @@ impl Reader<'_> {
             "json" => Some(LogFormat::Json),
             _ => None,
         });
+        let worker = worker?;
+        let worker_name = worker_name.ok()?.unwrap_or_else(|| host_worker_name(&self.sources.host_name));
+        let shown = self.shown(&worker, &worker_name);
         Some(Settings {
             database: database.ok()?,
             prepared_statements: prepared_statements?,
-            worker_name: worker_name.ok()?.unwrap_or_else(|| host_worker_name(&self.sources.host_name)),
-            worker: worker?,
+            worker_name,
+            worker,
             http: http?,
             max_attempts: max_attempts?.try_into().ok()?,
             max_payload: max_payload?,
             retain: retain?,
             admin_addr: admin_addr.ok()?,
             log: LogSettings { filter: filter?, format: format? },
-            shown: self.shown(),
+            shown,
         })
     }
 
@@ -461,9 +464,23 @@ impl Reader<'_> {
         good.then_some(secrets)
     }
 
-    fn shown(&self) -> Vec<(&'static str, String, Origin)> {
+    /// What is set or has a default, be it one that another setting makes.
+    fn shown(&self, worker: &WorkerSettings, worker_name: &str) -> Vec<(&'static str, String, Origin)> {
+        let (timing, limits) = (worker.timing(), worker.limits());
         let show = |setting: &Setting| {
-            let given = self.given.get(setting.name)?;
+            let Some(given) = self.given.get(setting.name) else {
+                let text = match setting.name {
+                    "worker_name" => worker_name.to_owned(),
+                    "heartbeat" => format!("{:?}", timing.heartbeat()),
+                    "store_timeout" => format!("{:?}", timing.store_timeout()),
+                    "fence_margin" => format!("{:?}", timing.fence_margin()),
+                    "reclaim_grace" => format!("{:?}", timing.reclaim_grace()),
+                    "max_leased" => limits.max_leased.to_string(),
+                    "retry_initial" => format!("{:?}", worker.retry().initial),
+                    _ => return None,
+                };
+                return Some((setting.name, text, Origin::Default));
+            };
             let text = match setting.kind {
                 Kind::DatabaseUrl => DatabaseUrl::parse(&given.text)?.to_string(),
                 Kind::Secrets => "(set)".to_owned(),

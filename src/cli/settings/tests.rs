@@ -449,6 +449,24 @@ fn passwords_are_never_shown() {
 }
 
 #[test]
+fn a_default_that_another_setting_makes_is_shown() {
+    let settings = parsed("", &[], &[("lease", "12s"), ("heartbeat", "2500ms"), ("retry_max", "4s")]);
+    let shown = |name| settings.shown.iter().find(|(shown, ..)| *shown == name).cloned();
+    for (name, value, origin) in [
+        ("heartbeat", "2500ms", Origin::Flag),
+        ("store_timeout", "2s", Origin::Default),
+        ("fence_margin", "1.2s", Origin::Default),
+        ("reclaim_grace", "1.2s", Origin::Default),
+        ("max_leased", "756", Origin::Default),
+        ("retry_initial", "4s", Origin::Default),
+        ("worker_name", &settings.worker_name, Origin::Default),
+    ] {
+        assert_eq!(shown(name), Some((name, value.to_owned(), origin)));
+    }
+    assert_eq!(shown("admin_addr"), None);
+}
+
+#[test]
 fn durations_and_sizes() {
     for (text, millis) in [("0s", 0), ("250ms", 250), ("30s", 30_000), ("5m", 300_000), ("1h", 3_600_000)] {
         assert_eq!(parse_duration(text), Some(Duration::from_millis(millis)));
