@@ -61,11 +61,13 @@ impl Worker {
         if planted!(self, LooksReplaced) {
             self.looks.at.clear();
         }
-        let forgotten = planted!(self, LateLocksForgotten)
-            || planted!(self, LateClaimForgotten)
-            || planted!(self, LateLookAtLease)
-            || planted!(self, LooksReplaced);
-        if !forgotten {
+        let forgotten = [
+            planted!(self, LateLocksForgotten),
+            planted!(self, LateClaimForgotten),
+            planted!(self, LateLookAtLease),
+            planted!(self, LooksReplaced),
+        ];
+        if !forgotten.contains(&true) {
             // It may have its locks as late as it is valid, by a clock that was set back by as much as `G`: all that is
             // above may come that much later.
             let latest = timing.reclaim_grace() * 2 + timeout;
