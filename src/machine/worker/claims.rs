@@ -413,8 +413,10 @@ impl Worker {
         if awake && !self.claims.backlog {
             let again = if found > 0 {
                 // More may have come meanwhile.
-                self.claims.half_until = self.claims.half_until.max(under_way.sent);
-                self.claims.half_until = self.claims.half_until.after(self.now.since(under_way.sent) * 2);
+                let took = self.now.since(under_way.sent);
+                let half_until = self.claims.half_until.max(under_way.sent).after(took * 2);
+                // Claims that were not made for their turn, or one that lay still, don't put off the next by more.
+                self.claims.half_until = half_until.min(self.now.after(took + BURST));
                 self.now.max(self.claims.half_until.before(BURST))
             } else {
                 self.now.after(self.settings.eager_poll)

@@ -99,33 +99,56 @@ fn who_pauses_for_a_poll_interval_has_said_that_it_sleeps() {
     }
 }
 
+/// How long the worker pauses after a claim of one event that takes this long.
+fn pause_after(bed: &mut Bed, took: Duration) -> Duration {
+    let is_claim = |action: &Action| matches!(action, Action::Claim(..));
+    let id = bed.rows.len() as i64;
+    bed.add(id, &format!("http://{id}"));
+    let claim = loop {
+        match bed.pending.iter().position(is_claim) {
+            Some(at) => break bed.pending.remove(at),
+            None => bed.now = bed.now.max(bed.worker.next_wakeup().expect("it polls")),
+        }
+        bed.wake();
+    };
+    bed.pass(took);
+    let answered = bed.now;
+    bed.answer(claim);
+    for key in bed.opened() {
+        bed.respond(key, 200);
+    }
+    let at_once = bed.pending.iter().any(is_claim);
+    let next = if at_once { answered } else { bed.worker.next_wakeup().expect("it polls") };
+    next.since(answered)
+}
+
 #[test]
 fn claims_that_find_something_follow_each_other_until_they_fill_half_of_the_time() {
     let mut bed = Bed::new(settings());
-    let is_claim = |action: &Action| matches!(action, Action::Claim(..));
     for _ in 0..2 {
         bed.run(20 * MS);
-        for (id, pause) in [0, 1, 3, 3].into_iter().enumerate() {
-            bed.add(id as i64, &format!("http://{id}"));
-            let claim = loop {
-                match bed.pending.iter().position(is_claim) {
-                    Some(at) => break bed.pending.remove(at),
-                    None => bed.now = bed.worker.next_wakeup().expect("it polls"),
-                }
-                bed.wake();
-            };
-            bed.pass(3 * MS);
-            let answered = bed.now;
-            bed.answer(claim);
-            let at_once = bed.pending.iter().any(is_claim);
-            let next = if at_once { answered } else { bed.worker.next_wakeup().expect("it polls") };
-            assert_eq!(next.since(answered), pause * MS, "after claim {id}");
+        for pause in [0, 1, 3, 3] {
+            assert_eq!(pause_after(&mut bed, 3 * MS), pause * MS);
         }
         bed.answer_all();
-        for key in bed.opened() {
-            bed.respond(key, 200);
-        }
     }
+}
+
+/// Or a claim that lay still for a second, or claims that were made for another reason, would make those after them pause
+/// for as long as they took together.
+#[test]
+fn no_claim_that_found_something_is_followed_by_a_pause_longer_than_it_took() {
+    let mut bed = Bed::new(settings());
+    bed.run(20 * MS);
+    assert_eq!(pause_after(&mut bed, SECOND), settings().limits().poll_interval);
+    assert_eq!(pause_after(&mut bed, 3 * MS), 3 * MS);
+    for _ in 0..10 {
+        bed.answer_all();
+        bed.give(Input::Hint);
+        pause_after(&mut bed, 3 * MS);
+    }
+    bed.answer_all();
+    assert_eq!(pause_after(&mut bed, 3 * MS), 3 * MS);
 }
 
 #[test]
