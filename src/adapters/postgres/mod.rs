@@ -27,8 +27,8 @@ use self::error::{after_send, not_connected, text};
 use self::replies::{beyond_front, read_answers, read_claim, read_owned, read_walk};
 use super::store::{CLAIM_BYTES, LONGEST_URL, StoreError, WALK, Walk, clean, micros};
 use crate::machine::{
-    ClaimFailure, ClaimReply, ClaimRequest, LeaseKey, OwnedReply, OwnedRequest, RenewReply, RenewRequest,
-    Settle, SettleReply, SettleRequest, StoreFault, WorkerId,
+    ClaimFailure, ClaimRequest, LeaseKey, OwnedReply, OwnedRequest, Place, RenewReply, RenewRequest, Settle,
+    SettleReply, SettleRequest, StoreFault, WorkerId,
 };
 use crate::ports::{Claimed, Outbox};
 
@@ -185,10 +185,9 @@ impl Postgres {
             }
             front = false;
         };
-        let ClaimReply { grants, failed, next_due_in, .. } = &claimed.reply;
-        let full = grants.len() + failed.len() >= usize::try_from(request.limit).unwrap_or(usize::MAX);
-        let cut_off = *next_due_in == Some(Duration::ZERO);
-        self.caught_up.store(!full && !cut_off, Ordering::Relaxed);
+        // What it left, a look would see and not bring.
+        let left = claimed.reply.front.is_some_and(|front| front != Place::behind(front.due));
+        self.caught_up.store(!left, Ordering::Relaxed);
         Ok(claimed)
     }
 
