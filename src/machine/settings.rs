@@ -270,7 +270,8 @@ pub struct WorkerSettings {
     retry: RetryPolicy,
     /// Keys the jitter: equal seeds draw equal jitter for the same event and attempt.
     pub seed: u64,
-    /// The fastest polling: for a second after a claim that found something, before the worker sleeps.
+    /// The shortest pause between two polls that find nothing: after a claim that found something, before the worker
+    /// sleeps.
     pub eager_poll: Duration,
     /// End by itself once no event is pending (`run --until-empty`).
     pub until_empty: bool,

@@ -18,9 +18,12 @@ use super::{Cycle, Heartbeat, Held, Outcome, Phase, Worker};
 /// How long a worker polls eagerly after it found something: long enough that under load none ever sleeps.
 const AWAKE: Duration = Duration::from_secs(1);
 
-/// A poll that finds nothing costs little. Claims that each take what came since the last one may fill half of the time,
-/// and that long they may follow each other without a pause.
-const BURST: Duration = Duration::from_millis(5);
+/// The pause between two polls of a worker that is awake is a sixteenth of the time since it found something: what comes
+/// as often as before waits little, and many workers that find little ask little.
+const EAGERNESS: u32 = 16;
+
+/// But at least that often.
+const SELDOM: Duration = Duration::from_millis(4);
 
 /// What commits up to that long after it fell due, as producers' transactions do, is found by the next claim, and a lease
 /// that commits up to that long after it was granted by the next search.
@@ -70,12 +73,10 @@ pub(super) struct Claims {
     under_way: Option<UnderWay>,
     /// The next poll.
     at: Moment,
-    /// Until then polling is eager: the last claim that found something is no second ago.
-    awake_until: Moment,
+    /// When a claim found something last; polling is eager for a second after that.
+    found_at: Moment,
     /// The last claim was full: there is likely more.
     backlog: bool,
-    /// The claims that found something and were not full fill half of the time until then.
-    half_until: Moment,
     queue: Front<Place>,
     /// By their tokens, which follow the database's clock.
     leases: Front<Token>,
@@ -104,9 +105,8 @@ impl Claims {
         Self {
             under_way: None,
             at: now,
-            awake_until: now.after(AWAKE),
+            found_at: now,
             backlog: false,
-            half_until: Moment::default(),
             queue: Front::new(now),
             leases: Front::new(now),
             usual: Age::ZERO,
@@ -124,6 +124,10 @@ impl Claims {
 
     pub(super) fn idle(&self) -> bool {
         self.under_way.is_none()
+    }
+
+    fn awake(&self, now: Moment) -> bool {
+        now < self.found_at.after(AWAKE)
     }
 }
 
@@ -247,7 +251,7 @@ impl Worker {
             if planted!(self, LeasesFrontKept) { self.claims.leases.place } else { leases_from };
         let request = self.next_request();
         let valid_until = self.valid_until(db_now);
-        let asleep = self.claims.awake_until <= self.now;
+        let asleep = !self.claims.awake(self.now);
         self.claims.refill = false;
         self.claims.under_way = Some(UnderWay {
             request,
@@ -406,22 +410,18 @@ impl Worker {
             self.claims.search_at = self.now;
         }
         if found > 0 {
-            self.claims.awake_until = self.now.after(AWAKE);
+            self.claims.found_at = self.now;
         }
         // After a full claim the next one waits until it is worth it. Who wasn't said to sleep yet is woken by nobody.
-        let awake = self.now < self.claims.awake_until || !under_way.asleep;
+        let awake = self.claims.awake(self.now) || !under_way.asleep;
         if awake && !self.claims.backlog {
-            let again = if found > 0 {
-                // More may have come meanwhile.
-                let took = self.now.since(under_way.sent);
-                let half_until = self.claims.half_until.max(under_way.sent).after(took * 2);
-                // Claims that were not made for their turn, or one that lay still, don't put off the next by more.
-                self.claims.half_until = half_until.min(self.now.after(took + BURST));
-                self.now.max(self.claims.half_until.before(BURST))
+            // Claims that each take what came since the last one may fill half of the time.
+            let pause = if found > 0 {
+                self.now.since(under_way.sent)
             } else {
-                self.now.after(self.settings.eager_poll)
+                (self.now.since(self.claims.found_at) / EAGERNESS).min(SELDOM)
             };
-            self.claims.at = self.claims.at.min(again);
+            self.claims.at = self.claims.at.min(self.now.after(pause.max(self.settings.eager_poll)));
         }
         if let Some(due) = reply.next_due_in {
             // One that found nothing where more may be due was cut off on its way there.

@@ -27,7 +27,7 @@ fn claims_start_a_second_before_the_last_one_and_every_other_second_at_the_begin
 
 #[test]
 fn what_commits_within_a_second_is_found_at_once_and_later_by_the_next_rescan() {
-    for (late, within) in [(SECOND, 2 * MS), (SECOND + MS, 2 * SECOND + 2 * MS)] {
+    for (late, within) in [(SECOND, 10 * MS), (SECOND + 5 * MS, 2 * SECOND + 2 * MS)] {
         let mut bed = Bed::new(settings());
         bed.run(500 * MS);
         bed.add(1, "http://a");
