@@ -91,6 +91,9 @@ impl Moment {
 pub struct DbTime(i64);
 
 impl DbTime {
+    /// Of what is not to come: no clock goes so far.
+    pub(crate) const NEVER: Self = Self(i64::MAX);
+
     /// The time that many microseconds after the Unix epoch.
     pub const fn from_micros(micros: i64) -> Self {
         Self(micros)

@@ -173,7 +173,6 @@ impl Worker {
     fn valid_until(&self, db_now: DbTime) -> Option<DbTime> {
         let timing = self.timing();
         let valid = Age::of(timing.store_timeout()).plus(Age::of(timing.reclaim_grace()));
-        let valid = if planted!(self, ClaimsValidForEver) { valid.times(1_000) } else { valid };
         self.db.map(|_| db_now.aged(valid))
     }
 
@@ -273,7 +272,7 @@ impl Worker {
                 expired,
                 reclaim_limit: limits.reclaim_limit,
                 retry_budget: self.settings.retry().budget,
-                valid_until,
+                valid_until: valid_until.filter(|_| !planted!(self, ClaimsValidForEver)),
             },
             limit,
             incarnation: self.incarnation.clone(),

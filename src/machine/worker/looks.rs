@@ -20,8 +20,8 @@ pub(super) struct Looks {
     failures: u32,
     /// A claim had no answer.
     ever: bool,
-    /// One may be applied at any time: it was sent when no clock of the database was known.
-    unbounded: bool,
+    /// It may be applied until then.
+    until: Option<DbTime>,
 }
 
 impl Looks {
@@ -46,8 +46,10 @@ impl Worker {
     /// more while what was granted can still be found and given back before it runs out, at two tries each and at one.
     pub(super) fn look_for(&mut self, sent: Moment, valid_until: Option<DbTime>) {
         self.looks.ever = true;
-        self.looks.unbounded |= valid_until.is_none();
         let timing = *self.timing();
+        // At any time, where it was sent when no clock of the database was known.
+        let until = valid_until.map_or(DbTime::NEVER, |until| until.after(timing.store_timeout()));
+        self.looks.until = self.looks.until.max(Some(until));
         let (lease, timeout) = (timing.lease(), timing.store_timeout());
         let left = lease.saturating_sub(self.now.since(sent)).saturating_sub(timing.fence_margin());
         let before = |tries: u32| left.saturating_sub(timeout * tries).max(timeout);
@@ -117,8 +119,12 @@ impl Worker {
             Ok(reply) => {
                 self.looks.failures = 0;
                 self.store_answered(sent, reply.db_now);
-                if self.looks.unbounded && self.looks.at.is_empty() && self.drain.is_none() {
-                    self.looks.at.insert(self.now.after(self.look_step()));
+                if self.looks.at.is_empty() && self.drain.is_none() {
+                    // By the database's own clock, however wrong this worker's was when the claim was sent.
+                    self.looks.until = self.looks.until.filter(|until| reply.db_now <= *until);
+                    if self.looks.until.is_some() {
+                        self.looks.at.insert(self.now.after(self.look_step()));
+                    }
                 }
                 for key in reply.keys {
                     if !self.leases.contains_key(&key) && !self.settles.gave_up(key) {

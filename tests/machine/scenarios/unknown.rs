@@ -208,6 +208,38 @@ fn looks_for_what_the_very_first_claim_took_come_as_often_as_its_lease_asks_for(
     assert_eq!(looks, [0, 5, 7, 12, 17, 22, 30, 35, 40, 45, 50]);
 }
 
+/// Where this worker's clock was ahead as it said until when it is.
+#[test]
+fn a_claim_is_looked_for_as_long_as_it_is_valid_by_the_databases_clock() {
+    let (timeout, grace) = (settings().timing().store_timeout(), settings().timing().reclaim_grace());
+    let mut bed = Bed::new(settings());
+    bed.db_ahead = 60 * SECOND;
+    bed.run(SECOND);
+    let ahead = std::mem::take(&mut bed.db_ahead);
+    let claim = next_claim_lost(&mut bed);
+    let valid = ahead + timeout + grace;
+    let sent = bed.now;
+    bed.run(timeout);
+    bed.give(Input::Claimed { request: Bed::request_of(&claim), reply: Err(unknown()) });
+    bed.run(valid - timeout);
+    bed.add(1, "http://a");
+    bed.apply(claim);
+    let key = LeaseKey { row: RowId(1), token: bed.row(1).token };
+    assert!(bed.row(1).lease.is_some(), "it was applied {:?} after it was sent", bed.now.since(sent));
+    bed.run(settings().timing().lease());
+    assert!(bed.seen.contains(&Observation::OrphanReleased { key }));
+    assert_eq!(bed.row(1).reclaims, 0, "before it ran out");
+    let mut looks = 0;
+    let end = bed.now.after(60 * SECOND);
+    while bed.now < end {
+        looks += bed.pending.iter().filter(|action| matches!(action, Action::Owned(..))).count();
+        bed.answer_all();
+        bed.now = bed.now.max(bed.worker.next_wakeup().expect("it polls"));
+        bed.wake();
+    }
+    assert_eq!(looks, 0, "and no longer");
+}
+
 #[test]
 fn a_claim_that_came_void_is_made_again_at_once() {
     for searches in [false, true] {
