@@ -18,9 +18,9 @@ use super::{Cycle, Heartbeat, Held, Outcome, Phase, Worker};
 /// How long a worker polls eagerly after it found something: long enough that under load none ever sleeps.
 const AWAKE: Duration = Duration::from_secs(1);
 
-/// The pause between two polls of a worker that is awake is a sixteenth of the time since it found something: what comes
-/// as often as before waits little, and many workers that find little ask little.
-const EAGERNESS: u32 = 16;
+/// The pause between two polls of a worker that is awake is a 64th of the time since it found something: what comes as
+/// often as before waits little, and many workers that find little ask little.
+const EAGERNESS: u32 = 64;
 
 /// But at least that often.
 const SELDOM: Duration = Duration::from_millis(4);
